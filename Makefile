@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table dist test-dist test-release release hf-kernels test-hf-kernels test-cluster test-browser test-hub-faults test-hub-clients test-stores docs engines-table check gpu gpu-dry clean help
+.PHONY: env demo test test-faults test-fuzz test-ptx test-engines test-modelopt test-families families-table dist test-dist test-release release hf-kernels test-hf-kernels test-cluster test-browser test-hub-faults test-hub-clients test-store-faults test-stores docs engines-table check gpu gpu-dry clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make test-ptx          compiled kernels in an emulator of PTX, ten minutes (PTX=--ptx-share=ci for a share)"
 	@echo "make test-hub-faults   Hub: a fault and a kill at every request, races, 200 shards, 10,000 polls"
 	@echo "make test-hub-clients  Hub tests with each huggingface_hub version of CLIENTS (environments of 60 MB)"
+	@echo "make test-store-faults object stores: a fault and a kill at every request, races, thousands of polls"
 	@echo "make test-stores       az:// and gs:// against Azurite and fake-gcs-server (servers of 220 MB; needs npm)"
 	@echo "make test-engines      load results in transformers and vLLM (own environments, 3 GB; Python >= 3.11)"
 	@echo "make test-modelopt     compare results with NVIDIA's Model Optimizer (own environment, 1 GB; two minutes)"
@@ -207,6 +208,10 @@ test-cluster: $(CLUSTER)/.installed
 # The last lines hold the counts; HUB passes options to pytest, like HUB='-k two_runs'.
 test-hub-faults: env
 	$(PYTEST) -n 2 -m faults tests/hub $(HUB)
+
+# The last lines hold the counts; STORES passes options to pytest, like STORES='-k races'.
+test-store-faults: env
+	$(PYTEST) -n 2 -m faults tests/stores $(STORES)
 
 # The oldest supported version, the last version over httpx, and the newest.
 CLIENTS ?= 1.26.0 1.33.0 2.4.0

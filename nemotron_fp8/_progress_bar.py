@@ -77,17 +77,23 @@ class _Bar:
                 self._stages.append(progress.stage)
                 bar.set_description(f"{self._title}, {visible(progress.stage)}", refresh=False)
                 if done < bar.n:  # the count restarts with the stage
-                    bar.reset(total)
+                    bar.n = 0
+                    bar.total = None
             if bar.total != total:
-                # The rate counts the bytes of this run alone.
-                bar.total, bar.initial = total, round(progress.skipped * scale)
-                bar.n = bar.last_print_n = max(bar.n, bar.initial)
-                bar.refresh()
+                self._restart(total, round(progress.skipped * scale))
             if progress.waiting != self._waiting:
                 self._waiting = progress.waiting
                 bar.set_postfix_str(self._wait, refresh=True)
             if done > bar.n:
                 bar.update(done - bar.n)
+
+    def _restart(self, total: int, skipped: int) -> None:
+        """Set another total; a widget knows it by a reset alone. The rate counts the bytes of this run alone."""
+        bar = self._bar
+        shown = max(bar.n, skipped)
+        bar.reset(total)
+        bar.initial, bar.n, bar.last_print_n = skipped, shown, shown
+        bar.refresh()
 
     @property
     def _wait(self) -> str:

@@ -158,8 +158,9 @@ def quantize_repo(
         source: a checkpoint folder of safetensors shards, with an index for several shards; a ``.safetensors`` file; a
             NeMo checkpoint; or a repository on the Hub: ``hf://owner/name`` or ``hf://owner/name@revision``, also
             without ``hf://`` if no such folder exists.
-        destination: folder of the result, or ``hf://owner/name`` (``@branch`` for another branch than main); None
-            with ``in_place``. A destination that already holds the result is left unchanged.
+        destination: folder of the result; ``hf://owner/name`` (``@branch`` for another branch than main); or a new
+            folder of an object store, ``s3://bucket/folder``, ``gs://bucket/folder`` or ``az://container/folder``;
+            None with ``in_place``. A destination that already holds the result is left unchanged.
         recipe: the tensors to quantize and their format; the default quantizes every linear weight of the decoder with
             one scale for each output channel.
         device: ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or a list like
@@ -168,7 +169,7 @@ def quantize_repo(
         progress: called with the progress of the conversion, from any thread; True for a bar of tqdm, which notebooks
             show as a widget.
         overwrite: True to replace other contents of ``destination``: a folder by an atomic exchange, files of a branch
-            by a commit.
+            by a commit. An object store can do neither, so that this is refused there.
         in_place: True to replace the source's own shards, one after the other. The conversion needs extra disk space
             for one output shard, and the originals are lost.
         restart: True to discard an unfinished run instead of resuming it.

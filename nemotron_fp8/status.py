@@ -11,6 +11,7 @@ from nemotron_fp8.destinations.folder_status import folder_status
 from nemotron_fp8.destinations.status import Status
 from nemotron_fp8.hub.address import parse_target
 from nemotron_fp8.inference.state_file import is_state, saved_status
+from nemotron_fp8.stores.address import is_store, local_path, parse_store
 
 if TYPE_CHECKING:
     from nemotron_fp8.hub.options import HubOptions
@@ -37,15 +38,26 @@ def status_of(destination: str | os.PathLike[str], hub: HubOptions | None = None
         EvaluationStateError: the saved state is damaged.
         SourceReadError, OSError: a file cannot be read.
         HubError, AddressError: the Hub rejects a request or cannot be reached, or the address is malformed.
+        StoreError, StoreAddressError: the same of an object store.
     """
     check_arguments(destination=destination)
     named = os.fspath(destination)
-    address = parse_target(named)
-    if address is not None:
+    if is_store(named):
+        from nemotron_fp8.destinations.store.status import store_status
+        from nemotron_fp8.hub.options import as_hub_options
+        from nemotron_fp8.stores.client import StoreClient
+        from nemotron_fp8.stores.connection import require_obstore
+
+        address = parse_store(named)
+        require_obstore()
+        return store_status(StoreClient(address, on_wait=as_hub_options(hub).on_wait), named)
+    named = local_path(named) or named
+    repo = parse_target(named)
+    if repo is not None:
         from nemotron_fp8.destinations.hub.status import hub_status
         from nemotron_fp8.hub.options import as_hub_options
 
-        return hub_status(as_hub_options(hub).client(), address, named)
+        return hub_status(as_hub_options(hub).client(), repo, named)
     if is_state(Path(named)):
         return saved_status(Path(named), named)
     return folder_status(Path(named), named)

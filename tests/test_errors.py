@@ -40,7 +40,7 @@ ABSTRACT = {
 
 BUILTIN = {
     ConnectionError: {"ClusterLostError", "ClusterUnreachableError"},
-    FileExistsError: {"DestinationExistsError"},
+    FileExistsError: {"DestinationExistsError", "OccupiedPrefixError"},
     FileNotFoundError: {
         "IncompleteShardsError",
         "MissingArrayError",

@@ -174,6 +174,27 @@ def test_stages_and_retries_are_named(capsys: pytest.CaptureFixture[str]) -> Non
     assert "retrying" not in err.rpartition("\r")[2]
 
 
+def test_a_widget_learns_the_total(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The widgets of tqdm take another total from `reset` alone."""
+    totals: list[float | None] = []
+    real = tqdm.auto.tqdm.reset
+
+    def reset(bar: Any, total: float | None = None) -> None:
+        totals.append(total)
+        real(bar, total)
+
+    monkeypatch.setattr(tqdm.auto.tqdm, "reset", reset)
+    quantize_repo(folders[0], tmp_path / "d", progress=True)
+    verify_repo(folders[0], tmp_path / "d", progress=True)
+    source = (folders[0] / ONE).stat().st_size
+    digests = sum(path.stat().st_size for path in (tmp_path / "d").iterdir() if path.name != "nemotron_fp8.json")
+    weights = 3 * 64 * 64 * 2
+    assert source > weights
+    assert totals == [weights, digests, weights]
+
+
 def test_a_resumed_run_starts_where_it_was() -> None:
     """Bytes of an earlier run are done, and not part of the rate."""
     with progress_callback(True, "quantize") as update:

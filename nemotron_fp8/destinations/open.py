@@ -1,4 +1,4 @@
-"""Open a destination by its name: a folder, or a repository on the Hub."""
+"""Open a destination by its name: a folder, a repository on the Hub, or a folder of an object store."""
 
 from __future__ import annotations
 
@@ -7,45 +7,74 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.destinations.comparison import ComparingDestination
 from nemotron_fp8.destinations.folder import FolderDestination, is_occupied, refuse_overlap
 from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.render import planned_sizes
-from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.errors import OverlapError, RecipeError
 from nemotron_fp8.hub.address import is_address, may_be_address, parse_address, parse_target
+from nemotron_fp8.stores.address import is_store, local_path, parse_store
+from nemotron_fp8.stores.connection import require_obstore
 
 if TYPE_CHECKING:
     from nemotron_fp8.destinations.base import Destination, RunOptions
     from nemotron_fp8.destinations.hub.destination import HubDestination
     from nemotron_fp8.destinations.run_identity import RunIdentity
+    from nemotron_fp8.destinations.store.comparison import ComparingStoreDestination
+    from nemotron_fp8.destinations.store.destination import StoreDestination
     from nemotron_fp8.hub.address import Address
     from nemotron_fp8.planning.plan import Plan
     from nemotron_fp8.progress import TransferTracker
     from nemotron_fp8.sources.base import Source
+    from nemotron_fp8.stores.address import StoreAddress
+    from nemotron_fp8.stores.client import StoreClient
 
 
 def open_destination(destination: str | os.PathLike[str], options: RunOptions) -> Destination:
     """Return the destination of a name. Nothing is written.
 
     Args:
-        destination: path of a folder, or ``hf://owner/name`` or ``hf://owner/name@branch``.
+        destination: path of a folder; ``hf://owner/name`` or ``hf://owner/name@branch``; or ``s3://bucket/folder``,
+            ``gs://bucket/folder`` or ``az://container/folder``.
         options: options of the conversion.
 
     Raises:
         AddressError: the name looks like an address and is none, or its revision cannot be written to.
         NoTokenError, OfflineError: the repository cannot be written without a token or offline.
-        RecipeError: an option for repositories is set for a folder.
+        StoreAddressError: the name looks like the address of an object store and is none.
+        MissingExtraError: the extra for object stores is not installed.
+        RecipeError: an option is set that the kind of destination does not have.
     """
     text = os.fspath(destination)
+    if is_store(text):
+        return _open_store(text, options)
+    text = local_path(text) or text
     address = parse_target(text)
     if address is not None:
         options.hub.require_token(address.repo)
         return HubRepository(address, options)
+    _refuse_hub_options(options)
+    return LocalFolder(Path(os.path.realpath(text)), options)
+
+
+def _open_store(text: str, options: RunOptions) -> StoreFolder:
+    _refuse_hub_options(options)
+    if options.overwrite:
+        raise RecipeError(
+            "overwrite (--overwrite) needs a destination that exchanges its files at once; an object store cannot, and"
+            " readers would see a mixture: name a new folder"
+        )
+    address = parse_store(text)
+    require_obstore()
+    return StoreFolder(address, options)
+
+
+def _refuse_hub_options(options: RunOptions) -> None:
     if options.hub.private or options.hub.pull_request:
         raise RecipeError(
             "private (--private) and pull_request (--pr) apply to a destination on the Hub (hf://) only; omit them"
         )
-    return LocalFolder(Path(os.path.realpath(text)), options)
 
 
 def folder_in_place(source: str | os.PathLike[str]) -> Path:
@@ -54,11 +83,13 @@ def folder_in_place(source: str | os.PathLike[str]) -> Path:
     Raises:
         RecipeError: the source is not a local folder.
     """
-    if is_address(os.fspath(source)):
+    text = os.fspath(source)
+    if is_address(text) or is_store(text):
         raise RecipeError(
-            "a conversion in place replaces the shards of a local folder; for the Hub, name a destination (hf://)"
+            "a conversion in place replaces the shards of a local folder; for the Hub or an object store, name a"
+            " destination (hf://, s3://, gs://, az://)"
         )
-    return Path(source)
+    return Path(local_path(text) or text)
 
 
 def repository_of(result: str | os.PathLike[str]) -> str | None:
@@ -71,9 +102,24 @@ def repository_of(result: str | os.PathLike[str]) -> str | None:
     return parse_address(text).repo if is_address(text) else None
 
 
+def store_of(result: str | os.PathLike[str]) -> str | None:
+    """Return the address of a result in an object store; None for any other place.
+
+    Raises:
+        StoreAddressError: the name looks like the address of an object store and is none.
+    """
+    text = os.fspath(result)
+    return str(parse_store(text)) if is_store(text) else None
+
+
 def repository_hint(destination: str) -> str | None:
     """Return the address that a folder ``owner/name`` may be a mistake for; None if its parent folder exists."""
-    if is_address(destination) or not may_be_address(destination) or Path(destination).parent.exists():
+    if (
+        is_address(destination)
+        or is_store(destination)
+        or not may_be_address(destination)
+        or Path(destination).parent.exists()
+    ):
         return None
     return f"hf://{destination}"
 
@@ -169,3 +215,68 @@ class HubRepository:
             first_room=first_room,
             card=render_card(plan, {}, plan.bytes_out),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFolder:
+    """A folder of an object store as a destination.
+
+    Attributes:
+        address: the folder.
+        options: options of the conversion.
+    """
+
+    mode: ClassVar[str] = "store"
+    address: StoreAddress
+    options: RunOptions
+
+    def check_source(self, source: Source) -> None:
+        if not is_store(source.label):
+            return
+        ours, theirs = f"{self.address}/", f"{source.label.rstrip('/')}/"
+        if ours.startswith(theirs) or theirs.startswith(ours):
+            raise OverlapError(source.label, str(self.address))
+
+    def existing(self, plan: Plan, identity: RunIdentity) -> ComparingStoreDestination | None:
+        from nemotron_fp8.destinations.store.comparison import ComparingStoreDestination
+        from nemotron_fp8.stores.listing import JOB_FILE
+
+        client = self._client()
+        listing = client.listing()
+        if MANIFEST not in listing.files or JOB_FILE in listing.files:
+            return None
+        return ComparingStoreDestination(client, listing, plan, self._spill)
+
+    def open(
+        self,
+        plan: Plan,
+        identity: RunIdentity,
+        source: Source,
+        transfers: TransferTracker,
+        *,
+        workers: int,
+        shares_disk: bool,
+    ) -> StoreDestination:
+        from nemotron_fp8.destinations.store.destination import StoreDestination
+
+        return StoreDestination(
+            self._client(),
+            identity,
+            planned_sizes(plan),
+            [shard_task.name for shard_task in plan.shard_tasks],
+            source.label,
+            transfers,
+            spill=self._spill,
+            restart=self.options.restart,
+            digests=self.options.digests,
+        )
+
+    def _client(self) -> StoreClient:
+        from nemotron_fp8.stores.client import StoreClient
+
+        return StoreClient(self.address, on_wait=self.options.hub.on_wait)
+
+    @property
+    def _spill(self) -> Path | None:
+        folder = self.options.hub.cache_dir
+        return None if folder is None else Path(folder)

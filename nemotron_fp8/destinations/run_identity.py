@@ -32,7 +32,7 @@ class RunIdentity:
         plan: digest of every decision of the conversion (`plan_digest`).
         recipe: recipe that the caller passed.
         stamps: fingerprint of each source file, by name.
-        mode: ``folder``, ``hub`` or ``in-place``.
+        mode: ``folder``, ``hub``, ``store`` or ``in-place``.
         version: version of this library; another version may decide or round differently.
     """
 
@@ -88,7 +88,7 @@ def run_identity(plan: Plan, stamps: Mapping[str, str], mode: str) -> RunIdentit
     Args:
         plan: plan of the conversion.
         stamps: fingerprint of each source file, by name.
-        mode: ``folder``, ``hub`` or ``in-place``.
+        mode: ``folder``, ``hub``, ``store`` or ``in-place``.
     """
     # A later commit of the source with the same files is the same conversion.
     plan = replace(plan, inventory=replace(plan.inventory, commit=None))

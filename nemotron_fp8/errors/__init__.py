@@ -134,6 +134,7 @@ from nemotron_fp8.errors.other_formats import (
     OneShardError,
     OtherFormatError,
 )
+from nemotron_fp8.errors.store_results import JobLostError, OccupiedPrefixError, StagedObjectError
 from nemotron_fp8.errors.stores import (
     ChangedObjectError,
     MissingBucketError,
@@ -211,6 +212,7 @@ __all__ = [
     "InPlaceError",
     "IncompleteShardsError",
     "IndexMismatchError",
+    "JobLostError",
     "LayoutError",
     "LfsPointerError",
     "LocalDiskError",
@@ -251,6 +253,7 @@ __all__ = [
     "NotAllowedError",
     "NotQuantizedError",
     "NothingSelectedError",
+    "OccupiedPrefixError",
     "OfflineError",
     "OneShardError",
     "OtherAmaxesError",
@@ -273,6 +276,7 @@ __all__ = [
     "SourceNotFoundError",
     "SourceReadError",
     "StackedExpertsError",
+    "StagedObjectError",
     "StagingBusyError",
     "StagingLostError",
     "StagingMismatchError",

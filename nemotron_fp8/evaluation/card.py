@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import short_name
 from nemotron_fp8.destinations.card_update import update_card
-from nemotron_fp8.destinations.open import repository_of
+from nemotron_fp8.destinations.open import repository_of, store_of
 from nemotron_fp8.documents.evaluation_section import VERDICTS, CardFigures, render_evaluation_section
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.evaluation.naming import figures_of_folder, read_evaluation
@@ -43,13 +43,19 @@ def write_card(
         StaleFiguresError: its figures are of other weights.
         CardError: the card or the manifest was changed, or is not one of this library.
         SourceError, DestinationError: a file cannot be read or written.
-        RecipeError: the result is on the Hub.
+        RecipeError: the result is on the Hub or in an object store.
     """
     repo = repository_of(destination)
     if repo is not None:
         raise RecipeError(
             f"card changes local folders only; download the result (hf download {repo} --local-dir DIR), run card DIR,"
             f" and upload both changed files (hf upload {repo} DIR . --include README.md nemotron_fp8.json)"
+        )
+    store = store_of(destination)
+    if store is not None:
+        raise RecipeError(
+            f"card changes local folders only, since an object store cannot exchange two files at once; copy {store} to"
+            " a folder, run card there, and copy it to a new folder of the store"
         )
     root = Path(destination)
     if evaluation is None:

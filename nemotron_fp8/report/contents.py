@@ -210,9 +210,10 @@ def _decide(
     # A result may be damaged in any way: without decisions there are no reasons.
     with suppress(NemotronFp8Error):
         _, decisions, _ = decide_all(bare, recipe, family)
+        if all(name in decisions and decisions[name].quantize for name in scales):
+            return decisions, []
         _, all_taken, _ = decide_all(bare, every, family)
-        forced = [name for name in scales if name in all_taken and all_taken[name].forced]
-        return decisions, forced
+        return decisions, [name for name in scales if name in all_taken and all_taken[name].forced]
     return {}, []
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
-from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, without_remnants
+from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, without_remnants
 from nemotron_fp8.errors import SourceNotFoundError
 from nemotron_fp8.sources.base import Source, parse_shard_size, refuse_shard_size
 from nemotron_fp8.sources.nemo.remote import is_nemo_listing, read_nemo_files
@@ -15,6 +15,7 @@ from nemotron_fp8.sources.remote import read_inventory
 from nemotron_fp8.stores.address import parse_store
 from nemotron_fp8.stores.client import StoreClient
 from nemotron_fp8.stores.connection import require_obstore
+from nemotron_fp8.stores.listing import JOB_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -200,7 +201,7 @@ def open_store(text: str, shard_size: str | int | None, on_wait: Callable[[str, 
         on_wait: called before a request is retried, with the reason and the seconds until then.
 
     Raises:
-        SourceError: the folder holds no readable checkpoint; the class names the reason.
+        SourceError: the folder holds no readable checkpoint, or an unfinished result; the class names the reason.
         StoreError, StoreAddressError: the store rejects a request, or the address is malformed.
         MissingExtraError: obstore is not installed.
         RecipeError: ``shard_size`` is malformed, or set for a source that has shards.
@@ -211,6 +212,7 @@ def open_store(text: str, shard_size: str | int | None, on_wait: Callable[[str, 
     listing = client.listing()
     if not listing.files:
         raise SourceNotFoundError(str(address), "no files in this folder of the store; check bucket and folder")
+    refuse_unfinished(listing)
     files = StoreFiles(client, listing)
     with listing.naming():
         if is_nemo_listing(listing.files):
@@ -224,10 +226,29 @@ def open_store(text: str, shard_size: str | int | None, on_wait: Callable[[str, 
         return _read(files, address)
 
 
+def refuse_unfinished(listing: StoreListing) -> None:
+    """Check that a folder holds no unfinished result.
+
+    Raises:
+        SourceNotFoundError: a conversion writes into it, or was stopped.
+    """
+    if JOB_FILE in listing.files and MANIFEST not in listing.files:
+        raise SourceNotFoundError(listing.label, "unfinished; rerun the conversion to resume it")
+
+
+def read_store(files: StoreFiles) -> Inventory:
+    """Return the inventory of a checkpoint of safetensors shards in a store.
+
+    Raises:
+        SourceError: there is no readable checkpoint; the class names the reason.
+    """
+    address = files.listing.address
+    return read_inventory(files, str(address), f"{_COPY[address.scheme]} {address} FOLDER")[0]
+
+
 def _read(files: StoreFiles, address: StoreAddress) -> Source:
     """Open a checkpoint of safetensors shards."""
-    inventory, _ = read_inventory(files, str(address), f"{_COPY[address.scheme]} {address} FOLDER")
-    inventory = _held(without_remnants(inventory))
+    inventory = _held(without_remnants(read_store(files)))
     # The opener travels with every job: it lists the files that are read, not those beside them.
     used = [shard.name for shard in inventory.shards] + [side.file or side.name for side in inventory.side_files]
     listing = replace(files.listing, files=_only(files.listing.files, used))

@@ -35,6 +35,8 @@ _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "Ser
 _OF_PROVIDER = re.compile(r"169\.254\.|metadata[./]|instance_profile|oauth2", re.IGNORECASE)
 """Addresses that give credentials to a machine."""
 _CREDENTIALS = re.compile(r"credential|token request", re.IGNORECASE)
+_DAMAGED = "XAmzContentSHA256Mismatch"
+"""S3's code for a body with another digest than the request was signed with."""
 _UNEXPECTED = (
     "NotPartial",
     "UnexpectedRange",
@@ -152,6 +154,8 @@ def _by_status(status: int | None, code: str, text: str, context: StoreContext) 
     reason = " ".join(str(part) for part in (status, code) if part)
     if status is None:
         return _without_status(text, context)
+    if code == _DAMAGED:
+        return Retry(f"the store answers {reason}: the bytes were damaged on their way", unexpected=True)
     if status in (401, 403) and code not in _BUSY:
         if _OF_PROVIDER.search(text.partition("status code")[0]):
             return _no_credentials(context)

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from nemotron_fp8.stores.address import StoreAddress
 
 
+RECORDS = ".nemotron-fp8"
+"""Folder of the records of an unfinished conversion, inside that of its result."""
+JOB_FILE = f"{RECORDS}/job.json"
+"""First file of a conversion; its last one is the manifest."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredFile:
     """An object of a listing, at one version.

@@ -1,4 +1,4 @@
-"""Files of a result under verification: in a local folder, or in a Hub repository (`hub_result_files`)."""
+"""Files of a result under verification: in a folder, a repository (`hub_result_files`) or a store."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nemotron_fp8.errors import SourceNotFoundError, SourceReadError, Unfinished
 from nemotron_fp8.progress import ignore_progress
 from nemotron_fp8.sources.files import FolderOpener
 from nemotron_fp8.sources.folder import read_folder, read_shard_header
+from nemotron_fp8.stores.address import is_store, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -150,7 +151,8 @@ def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = No
     """Open the files of a result.
 
     Args:
-        destination: a folder, or a repository on the Hub: ``hf://owner/name``, ``hf://owner/name@revision``.
+        destination: a folder; a repository on the Hub, ``hf://owner/name`` or ``hf://owner/name@revision``; or a folder
+            of an object store, ``s3://bucket/folder``, ``gs://bucket/folder`` or ``az://container/folder``.
         hub: options for reading from the Hub; a revision is part of the address.
 
     Raises:
@@ -158,13 +160,18 @@ def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = No
         UnfinishedError: an in-place conversion of the folder is unfinished.
         SourceReadError: the folder cannot be read.
         HubError, AddressError: the Hub rejects a request, or the address is malformed.
+        StoreError, StoreAddressError: the store rejects a request, or the address is malformed.
     """
     from nemotron_fp8.hub.address import is_address
+    from nemotron_fp8.hub.options import as_hub_options
 
     text = os.fspath(destination)
+    if is_store(text):
+        from nemotron_fp8.verification.store_result_files import open_in_store
+
+        return open_in_store(text, as_hub_options(hub).on_wait)
     if not is_address(text):
-        return _open_folder(text)
-    from nemotron_fp8.hub.options import as_hub_options
+        return _open_folder(local_path(text) or text)
     from nemotron_fp8.verification.hub_result_files import open_listed
 
     return open_listed(text, as_hub_options(hub))

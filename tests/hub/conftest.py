@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,14 +10,12 @@ import pytest
 from nemotron_fp8._retry import RetryPolicy
 from nemotron_fp8.hub.client import HubClient
 from tests.hub_server.fixtures import TOKEN, api, hub, server, stranger  # noqa: F401  # fixtures
+from tests.support.counts import counted, write_counts  # noqa: F401  # a fixture
 
 if TYPE_CHECKING:
     import threading
 
     from tests.hub_server.server import HubServer
-
-Counted = Callable[[str, object], None]
-COUNT = "counted: "
 
 
 @dataclass
@@ -46,20 +43,6 @@ def client(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubClient:  # 
     return our_client(server)
 
 
-@pytest.fixture
-def counted(request: pytest.FixtureRequest) -> Counted:
-    """Function that takes a count of a test for the last lines of the run, from any of its processes."""
-
-    def count(what: str, number: object) -> None:
-        request.node.user_properties.append((COUNT + what, str(number)))
-
-    return count
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"huggingface_hub {huggingface_hub.__version__}")
-    reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    for report in reports:
-        for name, value in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "call" else ():
-            if name.startswith(COUNT):
-                terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {name.removeprefix(COUNT)}: {value}")
+    write_counts(terminalreporter, "tests/hub")

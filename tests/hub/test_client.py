@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.conftest import Counted, QuickClock
+    from tests.hub.conftest import QuickClock
     from tests.hub_server.faults import FaultKind
     from tests.hub_server.hub import Hub
     from tests.hub_server.server import HubServer
+    from tests.support.counts import Counted
 
 SHARD = random.Random(1).randbytes(3_000_001)
 CONFIG = b'{"model_type": "nemotron"}'

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.hub.client import HubClient
     from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.hub import HubSource
-    from tests.hub.conftest import Counted
     from tests.hub_server.faults import Request
     from tests.hub_server.hub import Hub
     from tests.hub_server.server import HubServer
+    from tests.support.counts import Counted
 
 
 def contents(hub: Hub, repo: str = "me/target", revision: str = "main") -> dict[str, bytes]:

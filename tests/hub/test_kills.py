@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.conftest import Counted
     from tests.hub_server.faults import Request
     from tests.hub_server.hub import Hub
     from tests.hub_server.server import HubServer
+    from tests.support.counts import Counted
 
     Files = dict[str, bytes]
 

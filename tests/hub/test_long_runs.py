@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.conftest import Counted
     from tests.hub_server.faults import Request
     from tests.hub_server.hub import Hub
     from tests.hub_server.server import HubServer
+    from tests.support.counts import Counted
 
 
 # -- faults in whole conversions --------------------------------------------------------------------------

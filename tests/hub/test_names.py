@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.conftest import Counted
     from tests.hub_server.hub import Hub
+    from tests.support.counts import Counted
 
 
 UNTRUSTED_NAMES = [

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8.hub.client import HubClient
-    from tests.hub.conftest import Counted
     from tests.hub_server.faults import FaultKind
     from tests.hub_server.hub import Hub
     from tests.hub_server.server import HubServer
+    from tests.support.counts import Counted
 
 REQUESTS = 36
 """Requests of one undisturbed run; the test below keeps it right."""

@@ -117,6 +117,18 @@ def test_a_report_says_what_the_plan_said(tmp_path: Path, name: str, recipe: Rec
     assert sum(each.tensors for each in contents.unquantized) == sum(not t.quantize for t in plan.tensors)
 
 
+def test_weights_that_engines_are_not_known_to_load(tmp_path: Path) -> None:
+    """A router in FP8 is loaded by no engine, as the plan said."""
+    tensors, config, _ = MODELS["mixtral"]
+    source = write_checkpoint(tmp_path / "s", {ONE: tensors}, config=config)
+    recipe = Recipe(also_select=("block_sparse_moe.gate",), force_select=True)
+    quantize_repo(source, tmp_path / "d", recipe)
+    contents = report_repo(tmp_path / "d").summary.contents
+    assert contents is not None
+    assert contents.engines == plan_repo(source, recipe).engines
+    assert not contents.readers
+
+
 def test_weights_that_the_recipe_left(tmp_path: Path) -> None:
     """Patterns of a result are untrusted and not run: what they left is attributed to the recipe."""
     source = write_checkpoint(tmp_path / "s", model())

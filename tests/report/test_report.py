@@ -16,7 +16,7 @@ from click.testing import Result as Invocation
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_fp8 import Recipe, quantize_repo
+from nemotron_fp8 import Recipe, compare_repos, inspect_repo, quantize_repo, report_repo
 from nemotron_fp8.checkpoint.inventory import STATS
 from nemotron_fp8.cli.main import cli
 from nemotron_fp8.documents.stats_json import Figures, parse_figures, render_figures
@@ -354,6 +354,21 @@ def test_compare_shows_both_and_what_differs(two: tuple[Path, Path, Path], tmp_p
     both = json.loads(run("compare", tensor, channel, "--json").stdout)["results"]
     assert [r["name"] for r in both] == ["tensor", "channel"]
     assert both[1]["sqnr_db_median"] is None
+
+
+def test_commands_print_what_the_functions_return(two: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """A figure of the command line is the same in Python, and on the page."""
+    source, tensor, channel = two
+    report, comparison = report_repo(tensor, source), compare_repos(tensor, channel, source)
+    words = ("report", tensor, "--source", source)
+    assert json.loads(run(*words, "--json").stdout) == json.loads(json.dumps(report.to_json()))
+    assert run(*words, "--html", tmp_path / "r.html").exit_code == 0
+    assert (tmp_path / "r.html").read_text(encoding="utf-8") == report.to_html()
+    words = ("compare", tensor, channel, "--source", source)
+    assert json.loads(run(*words, "--json").stdout) == json.loads(json.dumps(comparison.to_json()))
+    assert run(*words, "--html", tmp_path / "c.html").exit_code == 0
+    assert (tmp_path / "c.html").read_text(encoding="utf-8") == comparison.to_html()
+    assert json.loads(run("inspect", channel, "--json").stdout) == inspect_repo(channel).to_json()
 
 
 @pytest.mark.parametrize("order", [1, -1])

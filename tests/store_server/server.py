@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import http.client
 import logging
 import socket
@@ -62,6 +63,7 @@ _CODES = {
     "401": (401, "InvalidToken"),
     "403": (403, "SignatureDoesNotMatch"),
     "answer_lost_504": (504, "GatewayTimeout"),
+    "wrong_body": (400, "XAmzContentSHA256Mismatch"),
 }
 CUT = ("reset_body", "early_end", "hang_body")
 KEY_ID = "AKIACANARY0123456789"
@@ -133,6 +135,9 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "corrupt" and self.command == "PUT":
             body = flip_one_bit(body)
             headers.pop("content-md5", None)
+        if not _is_signed_body(headers, body):  # as S3 and its likes; moto does not look
+            self._refuse(request, "wrong_body", "", fault)
+            return
         if kind == "ignore_range":
             headers.pop("range", None)
         if kind == "wrong_range" and "range" in headers:
@@ -202,6 +207,12 @@ class Handler(BaseHTTPRequestHandler):
             if kind == "hang_body":
                 self.owner.stopping.wait(fault.seconds)
             self._drop(reset=kind == "reset_body")
+
+
+def _is_signed_body(headers: Mapping[str, str], body: bytes) -> bool:
+    """Return True unless the request was signed with the digest of another body."""
+    digest = headers.get("x-amz-content-sha256", "")
+    return len(digest) != 64 or hashlib.sha256(body).hexdigest() == digest
 
 
 def flip_one_bit(data: bytes) -> bytes:
@@ -279,7 +290,8 @@ class StoreServer:
         from moto.s3.models import s3_backends
 
         found = next(iter(s3_backends.values()))["aws"].buckets[bucket].keys
-        return {key.removeprefix(prefix): found[key].value for key in list(found) if key.startswith(prefix)}
+        there = {key: found.get(key) for key in list(found) if key.startswith(prefix)}
+        return {key.removeprefix(prefix): each.value for key, each in there.items() if each is not None}
 
     def remove(self, bucket: str, key: str) -> None:
         """Delete an object."""

@@ -164,7 +164,7 @@ def test_an_index_that_is_too_large_is_not_fetched_whole(store: StoreServer, tmp
 
 
 def fetched(store: StoreServer, name: str) -> list[int]:
-    """How often each byte of an object was sent."""
+    """Return how often each byte of an object was sent."""
     counts = [0] * len(store.files("bucket")[name])
     for request in store.log:
         if request.path == f"/bucket/{name}" and request.range:

@@ -224,6 +224,7 @@ FOLDERS: Uses = {
         "os.fdopen": "a new file",
         "os.preadv": "the new file again, for its digest",
     },
+    "destinations/store/ordered_bytes.py": {"os.preadv": "a file without a name that this process has written"},
     "destinations/folder.py": {"ctypes": "exchange of two names", "os.scandir": "whether a folder is empty"},
     "destinations/partial_folder.py": {
         "os.open": "the lock",

@@ -1,0 +1,1 @@
+"""A folder of an object store as destination."""
