@@ -34,12 +34,12 @@ EVENTS = {
     "request.retried": "a request failed and is repeated after a wait: `reason`, `seconds`",
     "run.notice": "a remark for the user, as a conversion reports it at its end: `text`",
     "run.finished": "the function returns: `task`, `seconds`, and for a conversion `bytes_read`, `bytes_written`,"
-    " `resumed`, `unchanged`, `peak_resident_bytes`",
+    " `resumed`, `unchanged`, `peak_resident_bytes`; for a verification `ok`",
     "run.failed": "it raises an error: `task`, `seconds`, `error` (the class), `text`",
     "run.interrupted": "Ctrl-C or a signal ends it: `task`, `seconds`",
 }
 """Names of the events, each with its meaning and its fields."""
-_OF_REPORT = ("bytes_read", "bytes_written", "resumed", "unchanged", "peak_resident_bytes")
+_OF_RESULT = ("bytes_read", "bytes_written", "resumed", "unchanged", "peak_resident_bytes", "ok")
 
 
 def emit(event: str, text: str, level: int = logging.INFO, /, **fields: object) -> None:
@@ -88,7 +88,7 @@ def logged(task: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 raise
             for notice in getattr(result, "notices", ()):
                 emit("run.notice", notice, text=notice)
-            found = {name: getattr(result, name) for name in _OF_REPORT if hasattr(result, name)}
+            found = {name: getattr(result, name) for name in _OF_RESULT if hasattr(result, name)}
             emit("run.finished", f"{task} is finished", logging.INFO, task=task, seconds=_since(begun), **found)
             return result
 
