@@ -34,7 +34,10 @@ class JsonLog(logging.Handler):
         self._fd = 2
         if name != "-":
             try:
-                self._fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+                # Opening a pipe without a reader would wait for one.
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+                self._fd = os.open(name, flags, 0o666)
+                os.set_blocking(self._fd, True)
             except OSError as error:
                 problem = f"{error.strerror or error}; choose another file for the log (--log-json)"
                 raise WriteError(name, problem, error.errno) from error
