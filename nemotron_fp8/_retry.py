@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+NO_PROGRESS_SECONDS = 1800.0
+"""Time without any progress after which a request fails."""
 MAX_UNEXPECTED_RESPONSES = 5
 """Consecutive unexpected responses after which a request fails."""
 MAX_MALFORMED_ANSWERS = 2
@@ -109,7 +111,7 @@ class RetryPolicy:
         max_connects: consecutive failed connections that are retried; None for no limit but ``seconds``.
     """
 
-    seconds: float = 1800.0
+    seconds: float = NO_PROGRESS_SECONDS
     first: float = 1.0
     longest: float = 60.0
     clock: Clock = field(default_factory=SystemClock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -39,6 +40,10 @@ def _is_count(value: object) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
 
 
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 def _is_function(value: object) -> bool:
     return value is None or callable(value)
 
@@ -60,6 +65,7 @@ ARGUMENTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "base_model": (_is_text, "the name of a model on the Hub (owner/name), or None"),
     "revision": (_is_text, "a branch, tag or commit, or None"),
     "cache_dir": (lambda value: value is None or _is_path(value), "the path of a folder, or None"),
+    "retry_seconds": (_is_time, "a number of seconds, 0 or more"),
     "on_wait": (_is_function, "a function of a reason and seconds, or None"),
 }
 """Arguments of the public functions and of `HubOptions`: the check of each, and the values that pass."""

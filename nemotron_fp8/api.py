@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nemotron_fp8._progress_bar import progress_callback
 from nemotron_fp8._utils import check_arguments, parse_bytes, shortened, usable_cores
 from nemotron_fp8.conversion.report import Report
+from nemotron_fp8.destinations.open import refuse_occupied
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.engines.devices import check_number_formats
 from nemotron_fp8.errors import RecipeError
@@ -220,6 +221,8 @@ def quantize_repo(
 
     if cluster is not None and (in_place or destination is None):
         raise RecipeError("a cluster needs a destination: a conversion in place runs on one machine only")
+    if not in_place:
+        refuse_occupied(source, destination, overwrite)
     # The threads of a cluster are those of its tasks.
     own_threads = None if cluster else threads
     with (
@@ -287,6 +290,7 @@ def convert_repo(
     from nemotron_fp8.planning.convert import plan_convert
 
     check_arguments(source=source, destination=destination, shard_size=shard_size)
+    refuse_occupied(source, destination, overwrite)
     with (
         _run_options("convert", max_memory, None, threads, digests, restart, overwrite, progress, hub) as options,
         _worker_pool("cpu", options) as workers,
@@ -337,6 +341,7 @@ def dequantize_repo(
     check_arguments(source=source, destination=destination)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise RecipeError(f"dtype is {shortened(dtype)}, not one of {', '.join(DTYPES)}", ("dtype",))
+    refuse_occupied(source, destination, overwrite)
 
     def planner(inventory: Inventory, budget: int, cores: int) -> Plan:
         return plan_dequantize(inventory, dtype, budget, cores)

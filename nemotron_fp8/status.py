@@ -50,7 +50,8 @@ def status_of(destination: str | os.PathLike[str], hub: HubOptions | None = None
 
         address = parse_store(named)
         require_obstore()
-        return store_status(StoreClient(address, on_wait=as_hub_options(hub).on_wait), named)
+        options = as_hub_options(hub)
+        return store_status(StoreClient(address, options.retry_policy(), on_wait=options.on_wait), named)
     named = local_path(named) or named
     repo = parse_target(named)
     if repo is not None:

@@ -93,6 +93,13 @@ def test_every_argument_is_tried() -> None:
     assert names == WRONG.keys() | FLAGS
 
 
+@pytest.mark.parametrize("value", [-1, "10min", True, None, float("nan"), float("inf")])
+def test_the_time_of_retries(value: Any) -> None:
+    with pytest.raises(RecipeError, match=r"retry_seconds is .*a number of seconds") as caught:
+        HubOptions(retry_seconds=value)
+    assert caught.value.arguments == ("retry_seconds",)
+
+
 @pytest.mark.parametrize("name", ["revision", "cache_dir", "on_wait", "token_env"])
 def test_options_of_the_hub(name: str) -> None:
     with pytest.raises(RecipeError, match=name) as caught:

@@ -74,6 +74,31 @@ inspect_path(sys.argv[1])
     assert not imported_by(code, str(checkpoint)) & {"torch", "triton", "numpy"}
 
 
+CLASH = """
+import os, sys
+standard_output = os.dup(1)  # an error is the last word of the command, which closes it
+from nemotron_fp8.cli.main import main
+sys.argv = ["nemotron-fp8", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as stop:
+    assert stop.code == 1
+os.dup2(standard_output, 1)
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["--format", "fp8", "--granularity", "channel"], ["--max-memory", "much"]])
+def test_a_mistake_is_reported_before_torch_is_loaded(checkpoint: Path, tmp_path: Path, words: list[str]) -> None:
+    """A destination with other files, a recipe that no engine loads, a malformed number."""
+    target = tmp_path / "full"
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    assert "torch" not in imported_by(CLASH, "quantize", str(checkpoint), str(target), *words)
+    if not words:
+        assert "torch" not in imported_by(CLASH, "dequantize", str(checkpoint), str(target))
+        assert "torch" not in imported_by(CLASH, "convert", str(checkpoint), str(target))
+
+
 def test_the_cpu_path_loads_no_triton(checkpoint: Path, destination: Path) -> None:
     code = """
 import sys

@@ -17,6 +17,7 @@ from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.checkpoint import header
 from nemotron_fp8.cli.next_steps import after_demo
 from nemotron_fp8.cli.output import say, show_report, show_verification
+from nemotron_fp8.cli.progress_line import ProgressLine
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 1024, 4, 8, 2, 1024
 LAYERS_PER_SHARD = 2
@@ -188,9 +189,10 @@ def _run(root: Path, real: bool) -> tuple[Path, Path]:
         write_checkpoint(source)
     _list_files(source)
     say(f"2. nemotron-fp8 quantize {source.name} {destination.name}")
-    report = quantize_repo(source, destination)
+    with ProgressLine(sys.stderr) as line:
+        report = quantize_repo(source, destination, progress=line.update)
     # The peak of this process is that of making the model.
-    show_report(replace(report, peak_resident_bytes=None) if real else report, as_json=False)
+    show_report(replace(report, peak_resident_bytes=None) if real else report, as_json=False, seconds=line.seconds)
     _list_files(destination)
     say(f"3. nemotron-fp8 verify {source.name} {destination.name}")
     verification = verify_repo(source, destination)

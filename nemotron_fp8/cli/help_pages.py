@@ -26,7 +26,7 @@ _SECTIONS = {
     "Result": ("source", "evaluation", "result", "shard_size", "overwrite", "in_place", "no_digests", "base_model"),
     "Run": ("dry_run", "restart", "state_dir", "no_estimate", "evaluate", "real", "keep", "yes"),
     "Resources": ("device", "max_memory", "max_device_memory", "threads", "spill", "cluster"),
-    "Hub": ("revision", "token_env", "private", "pull_request", "cache_dir"),
+    "Hub": ("revision", "token_env", "private", "pull_request", "cache_dir", "retry_seconds"),
     "Output": ("html", "png", "quiet", "verbose", "as_json", "log_json", "metrics", "help"),
 }
 """Options by section, in the order of the help."""

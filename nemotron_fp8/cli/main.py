@@ -171,7 +171,10 @@ def quantize(
         measured: Amaxes | str | None = amaxes
         if calibrates:
             from nemotron_fp8.cli.calibrate_first import calibrated
+            from nemotron_fp8.destinations.open import refuse_occupied
 
+            if not in_place:  # before hours of calibration
+                refuse_occupied(source, destination, overwrite)
             measured = stack.enter_context(
                 calibrated(
                     source,
@@ -211,7 +214,7 @@ def quantize(
                 hub=hub,
                 amaxes=measured,
             )
-    show_report(report, as_json, quiet)
+    show_report(report, as_json, quiet, line.seconds)
     if not (as_json or quiet):
         after_quantize(source, destination, recipe, report)
 
@@ -269,7 +272,7 @@ def convert(
             shard_size=shard_size,
             hub=hub,
         )
-    show_report(report, as_json, quiet)
+    show_report(report, as_json, quiet, line.seconds)
     if not (as_json or quiet):
         after_convert(source, destination)
 
@@ -333,7 +336,7 @@ def dequantize(
             digests=not no_digests,
             hub=hub,
         )
-    show_report(report, as_json, quiet)
+    show_report(report, as_json, quiet, line.seconds)
     if not (as_json or quiet):
         after_dequantize(source, destination)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -109,7 +110,26 @@ RESULT = click.option(
 NO_DIGESTS = click.option("--no-digests", is_flag=True, help="Leave the SHA-256 of the files out of the manifest.")
 
 
+class Duration(click.ParamType):  # type: ignore[type-arg]  # not generic in every version of click
+    """A time like 90s, 10min or 1.5h, in seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h)?", str(value), re.ASCII)
+        if found is None:
+            self.fail(f"{value!r} is not a time; write it like 90s, 10min or 1h", param, ctx)
+        return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2] or "s"]
+
+
 HUB_TOKEN = (
+    click.option(
+        "--retry-time",
+        "retry_seconds",
+        type=Duration(),
+        metavar="TIME",
+        help="Time without progress after which a request fails, like 10min; 0 for no retry.  [default: 30min]",
+    ),
     click.option(
         "--token-env", metavar="NAME", help="Environment variable with the token.  [default: your login, or HF_TOKEN]"
     ),
@@ -146,8 +166,9 @@ def hub_options(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
         def wrapper(**options: Any) -> Any:
             from nemotron_fp8.hub.options import HubOptions
 
-            names = ("revision", "token_env", "cache_dir", "private", "pull_request")
-            given = {name: options.pop(name) for name in names if name in options}
+            names = ("revision", "token_env", "cache_dir", "private", "pull_request", "retry_seconds")
+            found = {name: options.pop(name) for name in names if name in options}
+            given = {name: value for name, value in found.items() if value is not None}
             return command(hub=HubOptions(**given, on_wait=_note_wait), **options)
 
         for option in reversed([option for group in groups for option in group]):

@@ -98,8 +98,19 @@ def note_start(destination: str | None, cluster: str | None = None) -> None:
         note(f"note: {destination} will be a folder; for a repository on the Hub, write {address}")
 
 
-def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
-    """Print the report of a conversion."""
+STARTED = 0.1
+"""Share of the time of a conversion from which its start is told apart: it loads torch, for example."""
+
+
+def show_report(report: Report, as_json: bool, quiet: bool = False, seconds: float = 0.0) -> None:
+    """Print the report of a conversion.
+
+    Args:
+        report: the report.
+        as_json: print one JSON object.
+        quiet: print nothing else.
+        seconds: time of the conversion without its start; 0 if unknown.
+    """
     if not quiet:
         _show_notes(report)
     if as_json:
@@ -129,13 +140,20 @@ def show_report(report: Report, as_json: bool, quiet: bool = False) -> None:
         for line in left:
             say(f"    {line}")
         say(f"  {support_text(report.engines)}")
-    rate = report.bytes_read / report.seconds if report.seconds else 0.0
     say(
         f"  {format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
-        f" in {report.seconds:.1f} s ({format_bytes(rate)}/s read)"
+        f" in {report.seconds:.1f} s ({_rate_text(report, seconds)})"
     )
     if report.peak_resident_bytes is not None:
         say(f"  {format_bytes(report.peak_resident_bytes)} of memory at peak")
+
+
+def _rate_text(report: Report, seconds: float) -> str:
+    """Return the rate of a conversion as text: without its start, if that took a good part of the time."""
+    start = report.seconds - seconds
+    if not 0 < seconds < report.seconds or start < STARTED * report.seconds:
+        return f"{format_bytes(report.bytes_read / report.seconds if report.seconds else 0.0)}/s read"
+    return f"{start:.1f} s to start, then {format_bytes(report.bytes_read / seconds)}/s read"
 
 
 def show_notices(notices: Sequence[str]) -> None:

@@ -61,6 +61,9 @@ class ProgressLine:
         quiet: print nothing.
         verbose: print what the library does, too: shards and stages as they finish, and requests that wait.
         clock: source of seconds, for the interval between lines.
+
+    Attributes:
+        seconds: time of the work so far, without its start; 0 if nothing was reported.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class ProgressLine:
         self._lock = Lock()
         self._drawn = False
         self._last = clock()
+        self.seconds = 0.0
         self._waiting = ""
         self._history: deque[tuple[float, int]] = deque()
         self._stage: Progress | None = None
@@ -105,6 +109,7 @@ class ProgressLine:
         """Show the state of a conversion; may be called from any thread."""
         monitor.observe(progress)
         now = self._clock()
+        self.seconds = max(self.seconds, progress.seconds)
         # While a transfer waits, no other update may come for half an hour.
         news = bool(progress.waiting) and progress.waiting != self._waiting
         early = now - self._last < (LIVE_SECONDS if self._live else PLAIN_SECONDS)

@@ -12,7 +12,7 @@ from nemotron_fp8.destinations.comparison import ComparingDestination
 from nemotron_fp8.destinations.folder import FolderDestination, is_occupied, refuse_overlap
 from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.render import planned_sizes
-from nemotron_fp8.errors import OverlapError, RecipeError
+from nemotron_fp8.errors import DestinationExistsError, OverlapError, RecipeError
 from nemotron_fp8.hub.address import is_address, may_be_address, parse_address, parse_target
 from nemotron_fp8.stores.address import is_store, local_path, parse_store
 from nemotron_fp8.stores.connection import require_obstore
@@ -75,6 +75,32 @@ def _refuse_hub_options(options: RunOptions) -> None:
         raise RecipeError(
             "private (--private) and pull_request (--pr) apply to a destination on the Hub (hf://) only; omit them"
         )
+
+
+def refuse_occupied(source: str | os.PathLike[str], destination: object, overwrite: bool) -> None:
+    """Refuse a local folder with other files before anything heavy is imported; other places are checked later.
+
+    A folder with a manifest may hold the same result already.
+
+    Args:
+        source: the source.
+        destination: the argument of the caller, which may have any type.
+        overwrite: True if other files may be replaced.
+
+    Raises:
+        OverlapError: source and destination contain each other.
+        DestinationExistsError: the destination is a file, or a folder with files and ``overwrite`` is off.
+        WriteError: the place cannot be read.
+    """
+    if not isinstance(destination, str | os.PathLike) or not (text := os.fspath(destination)) or "\0" in text:
+        return
+    if isinstance(text, bytes) or "://" in text:
+        return
+    path = Path(os.path.realpath(text))
+    if Path(source).exists():
+        refuse_overlap(Path(source), path)
+    if is_occupied(path) and not (path.is_dir() and (overwrite or (path / MANIFEST).exists())):
+        raise DestinationExistsError(str(path), "already holds other files" if path.is_dir() else "is a file")
 
 
 def folder_in_place(source: str | os.PathLike[str]) -> Path:
@@ -274,7 +300,7 @@ class StoreFolder:
     def _client(self) -> StoreClient:
         from nemotron_fp8.stores.client import StoreClient
 
-        return StoreClient(self.address, on_wait=self.options.hub.on_wait)
+        return StoreClient(self.address, self.options.hub.retry_policy(), on_wait=self.options.hub.on_wait)
 
     @property
     def _spill(self) -> Path | None:

@@ -15,7 +15,7 @@ class DestinationExistsError(DestinationError, FileExistsError):
 
     path: str
     problem: str
-    message = "{path}: {problem}; choose another destination, or overwrite it with --overwrite (overwrite=True)"
+    message = "{path}: {problem}; choose another destination, or overwrite it with overwrite=True (--overwrite)"
 
 
 class OverlapError(DestinationError, ValueError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._filesystem import space_needed_and_free
+from nemotron_fp8._retry import NO_PROGRESS_SECONDS, RetryPolicy
 from nemotron_fp8._utils import check_arguments, shortened
 from nemotron_fp8.errors import RecipeError
 
@@ -33,6 +34,7 @@ class HubOptions:
         pull_request: open a pull request instead of writing to the branch; this library never merges it.
         cache_dir: folder for downloads and uploads in transit; None for ``nemotron_fp8`` in ``HF_HOME``. Each run
             creates a private folder in it and removes that folder at its end.
+        retry_seconds: time without any progress after which a request fails; 0 to try each request once.
         on_wait: called before a request is retried, with the reason and the seconds until then. During a
             conversion, the progress callback reports waits instead.
 
@@ -45,10 +47,13 @@ class HubOptions:
     token_env: str | None = None
     pull_request: bool = False
     cache_dir: str | os.PathLike[str] | None = None
+    retry_seconds: float = NO_PROGRESS_SECONDS
     on_wait: Callable[[str, float], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_arguments(revision=self.revision, cache_dir=self.cache_dir, on_wait=self.on_wait)
+        check_arguments(
+            revision=self.revision, cache_dir=self.cache_dir, retry_seconds=self.retry_seconds, on_wait=self.on_wait
+        )
         if self.token_env is not None and not isinstance(self.token_env, str):  # kept out of the message
             raise RecipeError("token_env must be the name of a variable (a string), or None", ("token_env",))
 
@@ -66,7 +71,11 @@ class HubOptions:
                     "token_env (--token-env) is not a name; pass the name of the variable that holds the token"
                 )
             raise RecipeError(f"the variable {self.token_env!a} (--token-env) is not set; set it to a token")
-        return HubClient(self.token_env, on_wait=self.on_wait)
+        return HubClient(self.token_env, policy=self.retry_policy(), on_wait=self.on_wait)
+
+    def retry_policy(self) -> RetryPolicy:
+        """Return the limits of retries."""
+        return RetryPolicy(seconds=self.retry_seconds)
 
     def require_token(self, repo: str) -> None:
         """Check before any work that a token is available, which every write needs.

@@ -62,7 +62,7 @@ def open_source(
         from nemotron_fp8.sources.store import open_store
 
         _refuse_revision(options)
-        return open_store(text, shard_size, options.on_wait)
+        return open_store(text, shard_size, options.on_wait, options.retry_policy())
     root = Path(text)
     try:
         root.exists()
@@ -152,7 +152,7 @@ def _open_repo(text: str, shard_size: str | int | None, options: HubOptions) -> 
     client = options.client()
     policy = client.policy
     if not is_address(text):
-        policy = replace(policy, seconds=PLAIN_SECONDS, max_connects=PLAIN_CONNECTS)
+        policy = replace(policy, seconds=min(PLAIN_SECONDS, policy.seconds), max_connects=PLAIN_CONNECTS)
     try:
         listing = client.with_options(policy=policy).listing(address.repo, address.revision)
     except (MissingRepoError, NoProgressError, OfflineError, UnreachableError) as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
+from nemotron_fp8._retry import RetryPolicy
 from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, without_remnants
 from nemotron_fp8.errors import SourceNotFoundError
 from nemotron_fp8.sources.base import Source, parse_shard_size, refuse_shard_size
@@ -192,13 +193,19 @@ class StorePrefetch:
         """Do nothing: no file is held."""
 
 
-def open_store(text: str, shard_size: str | int | None, on_wait: Callable[[str, float], None] | None = None) -> Source:
+def open_store(
+    text: str,
+    shard_size: str | int | None,
+    on_wait: Callable[[str, float], None] | None = None,
+    policy: RetryPolicy | None = None,
+) -> Source:
     """Take the inventory of a folder in an object store and create its opener. No tensor is read.
 
     Args:
         text: address of the folder.
         shard_size: bytes of tensors in a shard of the result, for a NeMo checkpoint only.
         on_wait: called before a request is retried, with the reason and the seconds until then.
+        policy: limits and waits of retries; None for the defaults.
 
     Raises:
         SourceError: the folder holds no readable checkpoint, or an unfinished result; the class names the reason.
@@ -208,7 +215,7 @@ def open_store(text: str, shard_size: str | int | None, on_wait: Callable[[str, 
     """
     address = parse_store(text)
     require_obstore()
-    client = StoreClient(address, on_wait=on_wait)
+    client = StoreClient(address, policy or RetryPolicy(), on_wait=on_wait)
     listing = client.listing()
     if not listing.files:
         raise SourceNotFoundError(str(address), "no files in this folder of the store; check bucket and folder")

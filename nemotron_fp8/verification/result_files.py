@@ -169,7 +169,7 @@ def open_result(destination: str | os.PathLike[str], hub: HubOptions | None = No
     if is_store(text):
         from nemotron_fp8.verification.store_result_files import open_in_store
 
-        return open_in_store(text, as_hub_options(hub).on_wait)
+        return open_in_store(text, as_hub_options(hub))
     if not is_address(text):
         return _open_folder(local_path(text) or text)
     from nemotron_fp8.verification.hub_result_files import open_listed

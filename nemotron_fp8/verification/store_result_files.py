@@ -14,10 +14,11 @@ from nemotron_fp8.stores.client import StoreClient
 from nemotron_fp8.verification.remote_result_files import RemoteResultFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from nemotron_fp8.checkpoint.inventory import Inventory
     from nemotron_fp8.checkpoint.local_files import FileDigest
+    from nemotron_fp8.hub.options import HubOptions
     from nemotron_fp8.progress import Advance
     from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.stores.listing import StoreListing
@@ -54,18 +55,18 @@ class StoreResultFiles(RemoteResultFiles):
         return digest_of_object(self.client, self.listing.file(name), advance)
 
 
-def open_in_store(text: str, on_wait: Callable[[str, float], None] | None = None) -> StoreResultFiles:
+def open_in_store(text: str, options: HubOptions) -> StoreResultFiles:
     """Open a result by its address.
 
     Args:
         text: address of the folder.
-        on_wait: called before a request is retried, with the reason and the seconds until then.
+        options: limits of retries, and what is called before each.
 
     Raises:
         SourceNotFoundError: the folder holds no weights, or an unfinished result.
         StoreError, StoreAddressError: the folder cannot be read; the class names the reason.
     """
-    client = StoreClient(parse_store(text), on_wait=on_wait)
+    client = StoreClient(parse_store(text), options.retry_policy(), on_wait=options.on_wait)
     listing = client.listing()
     refuse_unfinished(listing)
     listing = replace(listing, files=own_files(listing))

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from nemotron_fp8 import Recipe, plan_repo, quantize_repo
 from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from nemotron_fp8.cli.main import cli
-from nemotron_fp8.cli.output import folded, show_notices
+from nemotron_fp8.cli.output import folded, show_notices, show_report
 from nemotron_fp8.cli.progress_line import LIVE_SECONDS, PLAIN_SECONDS, ProgressLine, clock_time, describe
 from nemotron_fp8.conversion.progress import ConversionProgress
+from nemotron_fp8.conversion.report import Report
 from nemotron_fp8.progress import Progress, ShardProgress, Transfer
 from tests.support.fp8_sources import mixed
 
@@ -397,3 +398,58 @@ def test_help_fits_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> 
     shown = CliRunner().invoke(cli, [*command.split(), "--help"]).output
     assert "Usage:" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+# ---- dry runs and rates ----
+
+
+def test_a_dry_run_is_a_plan(checkpoint: Path, destination: Path) -> None:
+    """The same text and the same JSON, whatever else quantize is told; nothing is written."""
+    before = sorted(checkpoint.parent.rglob("*"))
+    recipe = ["--granularity", "tensor", "--ignore", "o_proj", "--device", "cpu"]
+    others = ["--overwrite", "--restart", "--no-digests", "--base-model", "a/b", "--ray", "auto"]
+
+    def invoke(*words: object) -> str:
+        done = CliRunner().invoke(cli, list(map(str, words)))
+        assert done.exit_code == 0, done.output
+        return re.sub(r"about [\d:]+ on|than .*/s|: [\d.]+(e-\d+)?", "", done.stdout)  # measured, or a sum of it
+
+    planned = invoke("plan", checkpoint, *recipe)
+    assert planned == invoke("quantize", checkpoint, destination, "--dry-run", *recipe, *others)
+    assert planned == invoke("quantize", checkpoint, "--dry-run", *recipe)
+    assert planned == invoke("quantize", checkpoint, "--in-place", "--dry-run", *recipe)
+    assert invoke("plan", checkpoint, "--json") == invoke("quantize", checkpoint, destination, "--dry-run", "--json")
+    assert sorted(checkpoint.parent.rglob("*")) == before
+
+
+def test_a_dry_run_with_a_calibration_counts_its_scales(checkpoint: Path, tmp_path: Path) -> None:
+    """It does not calibrate, and says that scales of keys and values are not counted."""
+    words = tmp_path / "words.txt"
+    words.write_text("words")
+    options = ["--activations", "static", "--kv-cache", "fp8", "--calibrate", str(words), "--dry-run"]
+    done = CliRunner().invoke(cli, ["quantize", str(checkpoint), *options])
+    assert done.exit_code == 0, done.output
+    assert "scales   14 of activations, from the calibration that precedes" in done.stdout
+    wrong = CliRunner().invoke(cli, ["quantize", str(checkpoint), "--calibrate", str(words), "--dry-run"])
+    assert wrong.exit_code == 1
+    assert "nothing uses them" in str(wrong.exception)
+    alone = CliRunner().invoke(cli, ["quantize", str(checkpoint), "DST", "--sequences", "2"])
+    assert alone.exit_code == 2
+    assert "--sequences and --length need --calibrate or --tokens" in alone.output
+
+
+@pytest.mark.parametrize(
+    ("total", "work", "text"),
+    [
+        (4.0, 1.0, "in 4.0 s (3.0 s to start, then 2.0 MiB/s read)"),
+        (4.0, 3.9, "in 4.0 s (512.0 KiB/s read)"),  # the start is not worth a word
+        (4.0, 0.0, "in 4.0 s (512.0 KiB/s read)"),  # unknown
+        (0.0, 0.0, "in 0.0 s (0 B/s read)"),
+    ],
+)
+def test_the_rate_leaves_out_the_start(
+    capsys: pytest.CaptureFixture[str], total: float, work: float, text: str
+) -> None:
+    """Loading torch takes longer than a small conversion."""
+    show_report(Report("DST", 1, 1, 2 << 20, 1, total, None, False, 0, (), (), ()), False, seconds=work)
+    assert text in capsys.readouterr().out

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from click.testing import CliRunner
 from huggingface_hub import constants
 
 from nemotron_fp8 import plan_repo
+from nemotron_fp8.cli.main import cli
+from nemotron_fp8.cli.options import Duration
 from nemotron_fp8.errors import SourceNotFoundError
 from nemotron_fp8.errors.hub import NoProgressError, OfflineError
 from nemotron_fp8.hub.client import HubClient
+from nemotron_fp8.hub.options import HubOptions
 from nemotron_fp8.sources.open import open_source
 from tests.hub.conversion import Options, checkpoint, convert
 from tests.hub.test_command import command
@@ -84,6 +89,27 @@ def test_an_address_is_retried(
         plan_repo("hf://nv/source", hub=Options(client, tmp_path / "work"))
     assert len(waits) > 10
     assert waited(client) > 1700
+
+
+def test_the_time_of_retries_is_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the command line and of Python, for the real clock; 0 tries once."""
+    lose_the_network(monkeypatch)
+    began = time.monotonic()
+    failed = CliRunner().invoke(cli, ["quantize", "hf://nv/source", str(tmp_path / "dst"), "--retry-time", "2s"])
+    assert 0 < time.monotonic() - began < 10
+    assert failed.exit_code == 1
+    assert isinstance(failed.exception, NoProgressError)
+    waited_for: list[str] = []
+    options = HubOptions(retry_seconds=0, on_wait=lambda reason, _seconds: waited_for.append(reason))
+    for name, kind in (("hf://nv/source", NoProgressError), ("nv/source", SourceNotFoundError)):
+        with pytest.raises(kind):
+            plan_repo(name, hub=options)
+    assert waited_for == []
+    for text, seconds in (("90", 90.0), ("90s", 90.0), ("1.5 min", 90.0), ("2h", 7200.0), ("0", 0.0)):
+        assert Duration().convert(text, None, None) == seconds
+    wrong = CliRunner().invoke(cli, ["plan", "hf://nv/source", "--retry-time", "soon"])
+    assert wrong.exit_code == 2
+    assert "'soon' is not a time; write it like 90s" in wrong.output
 
 
 def test_a_plain_name_is_found_at_the_second_try_and_read_with_the_usual_policy(

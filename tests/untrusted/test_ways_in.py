@@ -333,6 +333,7 @@ NUMBERS: Uses = {
     "checkpoint/other_formats.py": {"int": "at most 18 digits of a Git LFS pointer"},
     "calibration/calibrate.py": {"float": "a percentile and a factor of the user, within their limits"},
     "calibration/magnitudes.py": {"float": "elements of tensors", "int": "numbers of elements"},
+    "cli/options.py": {"float": "at most 19 characters of an option, by a pattern"},
     "cli/progress_line.py": {"int": "five digits of a shard's name"},
     "conversion/shard.py": {"float": "a scale"},
     "engines/kept_codes.py": {"float": "a scale", "int": "rows of scales"},
