@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from nemotron_fp8.cli.commands import MONITOR
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -37,30 +39,24 @@ QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but erro
 VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Print what is done, too, on stderr.")
 
 
-def _start(option: str) -> Callable[[click.Context, click.Parameter, str | None], None]:
-    """Return the callback of an option of the monitor."""
-
-    def start(ctx: click.Context, _param: click.Parameter, name: str | None) -> None:
-        if name is not None and not ctx.resilient_parsing:
-            from nemotron_fp8.cli import monitor
-
-            getattr(monitor.current, option)(name)
-
-    return start
+def _keep(ctx: click.Context, param: click.Parameter, name: str | None) -> None:
+    """Keep the file of an option for the monitor, which starts when the command is called."""
+    if name is not None:
+        ctx.meta[f"{MONITOR}{param.name}"] = name
 
 
 LOG_JSON = click.option(
     "--log-json",
     metavar="FILE",
     expose_value=False,
-    callback=_start("start_log"),
+    callback=_keep,
     help="Append a log of JSON lines to FILE; with - write it to stderr, instead of everything else there.",
 )
 METRICS = click.option(
     "--metrics",
     metavar="FILE.prom",
     expose_value=False,
-    callback=_start("start_metrics"),
+    callback=_keep,
     help="Write metrics for the textfile collector of Prometheus to FILE.prom, every few seconds.",
 )
 
