@@ -53,9 +53,9 @@ def _is_progress(value: object) -> bool:
 
 
 ARGUMENTS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "source": (_is_path, "a path or a Hub address (hf://owner/name)"),
-    "path": (_is_path, "a path or a Hub address (hf://owner/name)"),
-    "destination": (_is_path, "a path or a Hub address (hf://owner/name)"),
+    "source": (_is_path, "a path or an address (hf://owner/name, s3://bucket/folder)"),
+    "path": (_is_path, "a path or an address (hf://owner/name, s3://bucket/folder)"),
+    "destination": (_is_path, "a path or an address (hf://owner/name, s3://bucket/folder)"),
     "first": (_is_path, "the path of a result"),
     "second": (_is_path, "the path of a result"),
     "amaxes_file": (_is_path, "the path of a file"),

@@ -131,6 +131,8 @@ class StageProgress:
 class TransferTracker:
     """Combined progress of shards and of transfers, for a progress callback; thread-safe.
 
+    A copy in another process reports to nobody.
+
     Args:
         progress: the callback; None for no reports.
         clock: returns seconds, for `Progress.seconds`.
@@ -146,6 +148,9 @@ class TransferTracker:
         self._moving: dict[tuple[Direction, str], Transfer] = {}
         self._waiting = ""
         self._elsewhere: dict[str, tuple[tuple[Transfer, ...], str]] = {}
+
+    def __reduce__(self) -> tuple[type[TransferTracker], tuple[None]]:
+        return TransferTracker, (None,)
 
     def begin(self, progress: Progress) -> None:
         """Set the initial state of a conversion, because transfers may precede the first shard."""

@@ -117,6 +117,7 @@ SILENT = {
     "RecipeError.arguments",  # the problem names them
     "DamagedJournalError.line",  # the problem replaces it
     "DiskSpaceError.errno",
+    "NodeBlindError.in_store",
     "WriteError.errno",
 }
 """Fields whose values a message does not repeat."""

@@ -15,7 +15,7 @@ rm -rf "$venv"
 # Packages compile on first import; compiling all of them takes longer than installing them.
 install="$venv/bin/python -m pip --disable-pip-version-check --quiet install --no-compile"
 $install --constraint "$here/constraints.txt" --constraint "$here/tests/cluster/constraints-ray.txt" \
-    'ray[client]' torch safetensors huggingface_hub pydantic click pyyaml numpy pytest hypothesis
+    'ray[client]' torch safetensors huggingface_hub pydantic click pyyaml numpy obstore 'moto[s3,server]' pytest hypothesis
 # Its dependencies are above, without triton, which its CPU path does not import.
 $install --no-deps --editable "$here/kernels" --editable "$here"
 "$venv/bin/python" -c 'import nemotron_fp8, ray, torch'

@@ -359,6 +359,12 @@ def numbered_shards(name: str) -> tuple[str, ...]:
     return tuple(f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1))
 
 
+def shards_beside(shard: str, weight_map: Mapping[str, str] | None) -> int:
+    """Return the number of shards of the checkpoint that a shard belongs to, by the index or by its name."""
+    listed = set((weight_map or {}).values())
+    return len(listed) if shard in listed else max(1, len(numbered_shards(shard)))
+
+
 def shards_of(source: str, names: Collection[str], weight_map: Mapping[str, str] | None) -> tuple[str, ...]:
     """Return the weight files among ``names``, in order; without an index, one of `model_weights` at least.
 

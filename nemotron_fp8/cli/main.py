@@ -126,9 +126,10 @@ def quantize(
 ) -> None:
     """Quantize the checkpoint SRC into DST.
 
-    DST is a new folder or a repository on the Hub, and is published in one step. SRC is a folder of safetensors shards,
-    a NeMo checkpoint (a folder or a .nemo archive), or a repository on the Hub: hf://owner/name,
-    hf://owner/name@revision, or plain owner/name if no such folder exists. DST on the Hub is hf://owner/name or
+    DST is a new folder, a repository on the Hub, or a new folder of an object store, and is published in one step. SRC
+    is a folder of safetensors shards, a NeMo checkpoint (a folder or a .nemo archive), a repository on the Hub:
+    hf://owner/name, hf://owner/name@revision, or plain owner/name if no such folder exists, or a folder of an object
+    store: s3://bucket/folder, gs://bucket/folder or az://container/folder. DST on the Hub is hf://owner/name or
     hf://owner/name@branch. Run the same command again to resume after an interruption.
     """
     if in_place == (destination is not None) and (in_place or not dry_run):
@@ -158,6 +159,7 @@ def quantize(
             threads=threads,
             shard_size=shard_size,
             hub=hub,
+            destination=destination,
             quiet=quiet,
             as_json=as_json,
         )
@@ -249,8 +251,9 @@ def convert(
 ) -> None:
     """Convert a NeMo checkpoint to a Hugging Face checkpoint DST.
 
-    Nothing is quantized: every tensor keeps its dtype. NEMO is a folder, a .nemo archive, or a repository on the Hub:
-    hf://owner/name, or plain owner/name if no such folder exists. DST is a new folder, or hf://owner/name.
+    Nothing is quantized: every tensor keeps its dtype. NEMO is a folder, here or in an object store (s3://bucket/folder),
+    a .nemo archive, or a repository on the Hub: hf://owner/name, or plain owner/name if no such folder exists. DST is a
+    new folder, here or in a store, or hf://owner/name.
     """
     from nemotron_fp8.api import convert_repo
     from nemotron_fp8.cli.next_steps import after_convert
@@ -313,8 +316,9 @@ def dequantize(
 ) -> None:
     """Dequantize the FP8 checkpoint SRC into DST.
 
-    The scale tensors are dropped. SRC is a folder, or a repository on the Hub: hf://owner/name, or plain owner/name if
-    no such folder exists. DST is a new folder, or hf://owner/name.
+    The scale tensors are dropped. SRC is a folder, here or in an object store (s3://bucket/folder), or a repository on
+    the Hub: hf://owner/name, or plain owner/name if no such folder exists. DST is a new folder, here or in a store, or
+    hf://owner/name.
     """
     from nemotron_fp8.api import dequantize_repo
     from nemotron_fp8.cli.next_steps import after_dequantize
@@ -383,10 +387,10 @@ def plan(
     """List the decision for every tensor of SRC; write nothing.
 
     The plan also lists the memory, the disk space and the time of a conversion. SRC is a folder, a .safetensors file, a
-    NeMo checkpoint, or a repository on the Hub: hf://owner/name, or plain owner/name if no such folder exists. Only the
-    headers of a repository are fetched. The time on a CPU is estimated from a sample of SRC, read and quantized in
-    memory. --evaluate adds the memory and the time of an evaluation, which runs SRC and its result layer by layer over
-    a sample of text.
+    NeMo checkpoint, a folder of an object store (s3://bucket/folder), or a repository on the Hub: hf://owner/name, or
+    plain owner/name if no such folder exists. Only the headers of a remote checkpoint are fetched. The time on a CPU is
+    estimated from a sample of SRC, read and quantized in memory. --evaluate adds the memory and the time of an
+    evaluation, which runs SRC and its result layer by layer over a sample of text.
     """
     if not evaluate and typed(ctx, "sequences", "length"):
         raise click.UsageError("--sequences and --length need --evaluate")
@@ -433,9 +437,10 @@ def verify(
     """Compare the result DST with its source SRC, or its manifest.
 
     With SRC, compare every tensor, every byte, index and config. Without SRC, compare the SHA-256 of every file. DST is
-    a folder, or hf://owner/name; the Hub stores the SHA-256 of every shard, so no shard is fetched. SRC is the source
-    of DST: a folder, a NeMo checkpoint, hf://owner/name, or plain owner/name if no such folder exists. With
-    SRC, the bytes of files on the Hub are fetched by range; nothing is stored.
+    a folder, here or in an object store (s3://bucket/folder), or hf://owner/name; the Hub stores the SHA-256 of every
+    shard, so no shard is fetched from it. SRC is the source of DST: a folder, a NeMo checkpoint, a folder of a store,
+    hf://owner/name, or plain owner/name if no such folder exists. With SRC, remote files are fetched by range; nothing
+    is stored.
     """
     from nemotron_fp8.cli.next_steps import after_verify
     from nemotron_fp8.cli.output import show_verification
@@ -462,7 +467,8 @@ def verify(
 def inspect(path: str, hub: HubOptions, as_json: bool) -> None:
     """List the tensors of PATH from headers only.
 
-    PATH is a shard, a folder or a repository on the Hub (hf://owner/name).
+    PATH is a shard, a folder, one of these in an object store (s3://bucket/folder), or a repository on the Hub
+    (hf://owner/name).
     """
     from nemotron_fp8.api import inspect_repo
     from nemotron_fp8.cli.output import show_inspection
@@ -605,8 +611,8 @@ def evaluate(
     """Measure what quantizing cost: perplexity, KL divergence and errors of results DST against their source SRC.
 
     One decoder layer is in memory at a time, so that a model of any size is evaluated on one machine. SRC and DST are
-    folders, NeMo checkpoints, or repositories on the Hub. Run the same command again to resume after an interruption.
-    Needs the extra [evaluate].
+    folders, NeMo checkpoints, folders of an object store, or repositories on the Hub. Run the same command again to
+    resume after an interruption. Needs the extra [evaluate].
     """
     from nemotron_fp8.cli.next_steps import after_evaluate
     from nemotron_fp8.cli.progress_line import ProgressLine
@@ -698,8 +704,8 @@ def calibrate(
 
     One decoder layer is in memory at a time. AMAXES.json is a small file that quantize reads (--activations static
     --amaxes AMAXES.json). Files of several texts are merged: calibrate --merge A.json B.json OUT.json writes the
-    largest amax of each module. SRC is a folder, a NeMo checkpoint, or a repository on the Hub. Run the same command
-    again to resume after an interruption. Needs the extra [evaluate].
+    largest amax of each module. SRC is a folder, a NeMo checkpoint, a folder of an object store, or a repository on the
+    Hub. Run the same command again to resume after an interruption. Needs the extra [evaluate].
     """
     from nemotron_fp8.cli.show_calibration import show_calibration, show_merged
 

@@ -88,14 +88,16 @@ def folded(text: str, stream: TextIO) -> str:
 
 
 def note_start(destination: str | None, cluster: str | None = None) -> None:
-    """Note the connection to a cluster, which takes seconds, and a destination that looks like a repository."""
-    from nemotron_fp8.destinations.open import repository_hint
+    """Note the connection to a cluster, a destination that looks like a repository, and what a store needs."""
+    from nemotron_fp8.destinations.open import repository_hint, store_note
 
     if cluster is not None:
         where = "the local Ray cluster" if cluster == "auto" else f"Ray at {cluster}"
         note(f"note: connecting to {where}")
     if destination is not None and (address := repository_hint(destination)):
         note(f"note: {destination} will be a folder; for a repository on the Hub, write {address}")
+    if destination is not None and (needs := store_note(destination)):
+        note(f"note: {needs}")
 
 
 STARTED = 0.1

@@ -57,6 +57,7 @@ def plan_and_show(
     estimate: bool = True,
     evaluation: tuple[int | None, int | None] | None = None,
     save_recipe: str | None = None,
+    destination: str | None = None,
 ) -> None:
     """Plan a conversion and print the plan, for ``plan`` and ``quantize --dry-run``.
 
@@ -77,6 +78,7 @@ def plan_and_show(
         estimate: True to measure the speed of this machine.
         evaluation: sequences and length of an evaluation whose needs are shown; None without one.
         save_recipe: file to write the recipe to.
+        destination: destination of the conversion; None if it is not known.
 
     Raises:
         WriteError: the recipe cannot be written; nothing is printed then.
@@ -100,7 +102,7 @@ def plan_and_show(
         predicted = predicted_needs(opened, recipe, *evaluation, threads, estimate)
     if save_recipe is not None:
         write_recipe(save_recipe, recipe)
-    show_plan(made, needs, predicted, as_json, quiet)
+    show_plan(made, needs, predicted, as_json, quiet, destination)
     if save_recipe is not None and not quiet:
         note(f"note: {save_recipe} written")
 
@@ -121,7 +123,14 @@ def write_recipe(path: str, recipe: Recipe) -> None:
     write_page(path, recipe.to_yaml())
 
 
-def show_plan(plan: Plan, needs: Needs, evaluation: PredictedNeeds | None, as_json: bool, quiet: bool = False) -> None:
+def show_plan(
+    plan: Plan,
+    needs: Needs,
+    evaluation: PredictedNeeds | None,
+    as_json: bool,
+    quiet: bool = False,
+    destination: str | None = None,
+) -> None:
     """Print a plan, and the needs of an evaluation if they are given; a quiet one only as JSON."""
     if quiet:
         if as_json:
@@ -159,7 +168,11 @@ def show_plan(plan: Plan, needs: Needs, evaluation: PredictedNeeds | None, as_js
     say(f"engines  {support_text(plan.engines)}")
     ratio = f" ({plan.bytes_out / plan.bytes_in:.0%})" if plan.bytes_in else ""
     say(f"tensors  {format_bytes(plan.bytes_in)} -> {format_bytes(plan.bytes_out)}{ratio}")
-    say(f"disk     {format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and small files")
+    from nemotron_fp8.destinations.open import store_note
+
+    to_store = None if destination is None else store_note(destination)
+    what = f"{format_bytes(plan.disk_bytes)} in {len(plan.shard_tasks):,} shards and small files"
+    say(f"disk     {what}" if to_store is None else f"upload   {what}; {to_store}")
     _show_needs(plan, needs)
     if evaluation is not None:
         put()

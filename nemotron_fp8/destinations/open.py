@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.destinations.comparison import ComparingDestination
 from nemotron_fp8.destinations.folder import FolderDestination, is_occupied, refuse_overlap
@@ -136,6 +137,17 @@ def store_of(result: str | os.PathLike[str]) -> str | None:
     """
     text = os.fspath(result)
     return str(parse_store(text)) if is_store(text) else None
+
+
+def store_note(destination: str) -> str | None:
+    """Return what a conversion into an object store needs beside its buffers; None for any other destination."""
+    if not is_store(destination):
+        return None
+    from nemotron_fp8.destinations.store.sink import UPLOAD_BYTES
+
+    return (
+        f"shards are sent while they are made: no disk, and {format_bytes(UPLOAD_BYTES)} of memory for each at a time"
+    )
 
 
 def repository_hint(destination: str) -> str | None:

@@ -134,7 +134,7 @@ from nemotron_fp8.errors.other_formats import (
     OneShardError,
     OtherFormatError,
 )
-from nemotron_fp8.errors.store_results import JobLostError, OccupiedPrefixError, StagedObjectError
+from nemotron_fp8.errors.store_results import JobLostError, OccupiedPrefixError, StagedObjectError, UploadBrokenError
 from nemotron_fp8.errors.stores import (
     ChangedObjectError,
     MissingBucketError,
@@ -307,6 +307,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "UnsupportedModelError",
     "UnusableAnswerError",
+    "UploadBrokenError",
     "WorkerDiedError",
     "WorkerLostError",
     "WriteError",

@@ -113,12 +113,14 @@ class NodeBlindError(ClusterError):
         node: name of the node.
         what: ``source`` or ``destination``.
         on_hub: True if the problem is an error of the Hub.
+        in_store: True if it is an error of an object store.
     """
 
     node: str
     what: str
     problem: str
     on_hub: bool = False
+    in_store: bool = False
     message = "node {node}: cannot reach the {what} ({problem}); {_advice}"
 
     @property
@@ -128,6 +130,8 @@ class NodeBlindError(ClusterError):
                 "every node needs access to the Hub and the token, in the same variable (--token-env) or from its own"
                 " login"
             )
+        if self.in_store:
+            return "every node needs access to the store, and the credentials in its own environment"
         return f"put the {self.what} on storage that every node mounts under the same path"
 
 

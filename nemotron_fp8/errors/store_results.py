@@ -42,3 +42,19 @@ class StagedObjectError(StoreError, DestinationError):
     file: str
     problem: str
     message = "{store}: {file!a} {problem}; run again: only this file is made again"
+
+
+class UploadBrokenError(StoreError, DestinationError):
+    """The upload of a shard broke, and its parts could not be sent again.
+
+    Attributes:
+        file: its name.
+        reason: the last failure.
+    """
+
+    file: str
+    reason: str
+    message = (
+        "{store}: the upload of {file!a} broke ({reason}); check the connection and the store, then run again: finished"
+        " shards are kept"
+    )

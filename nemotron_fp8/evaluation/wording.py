@@ -18,6 +18,10 @@ MOST_DECIMALS = 6
 """Most decimals before a number is written with an exponent."""
 HUGE = 1e6
 """Least number that is written with an exponent."""
+SMALL = 1e-3
+"""Least number that is written without one."""
+NOISE = 1e-9
+"""Share of a value below which its error is that of float64 sums, as of sequences that are all the same."""
 
 
 class Texts(NamedTuple):
@@ -61,13 +65,14 @@ def with_error(value: float, error: float | None, plus_minus: str = ASCII, unit:
         unit: unit after the value.
         sign: ``+`` to write the sign of a positive value.
     """
-    if not error or error < 0:
+    if not error or error < NOISE * abs(value):
         return f"{_decimal(value, 3, sign)}{unit}"
     if max(abs(value), error) >= HUGE:
         return f"{value:{sign}.2e}{unit} {plus_minus}{error:.1e}"
     decimals = 1 - math.floor(math.log10(error))
     if decimals > MOST_DECIMALS:
-        return f"{value:{sign}.2e}{unit} {plus_minus}{error:.1e}"
+        number = _decimal(value, 3, sign) if abs(value) < SMALL else f"{value:{sign}.{MOST_DECIMALS}f}"
+        return f"{number}{unit} {plus_minus}{error:.1e}"
     decimals = max(decimals, 0)
     return f"{value:{sign}.{decimals}f}{unit} {plus_minus}{error:.{decimals}f}"
 
@@ -78,6 +83,8 @@ def plain_number(value: float, decimals: int) -> str:
 
 
 def _decimal(value: float, digits: int, sign: str) -> str:
+    if 10 ** (digits - 1) <= abs(value) < HUGE:  # ``g`` would write 1000 as 1e+03
+        return f"{value:{sign}.0f}"
     return f"{value:{sign}.{digits}g}" if value else "0"
 
 

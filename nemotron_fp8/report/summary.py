@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING, Any
 from nemotron_fp8._display import counted, one_line
 from nemotron_fp8._utils import short_name
 from nemotron_fp8.checkpoint.inventory import MANIFEST, STATS, is_plain_name
-from nemotron_fp8.checkpoint.local_files import read_small
 from nemotron_fp8.checkpoint.stated_quantization import last_name
-from nemotron_fp8.destinations.open import repository_of
 from nemotron_fp8.documents.front_matter import split_card
-from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.documents.stats_json import Figures, parse_figures
-from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.layouts import execution_scales, quantized_dtypes
 from nemotron_fp8.planning.layouts.base import Output
 from nemotron_fp8.planning.plan import MODULES
 from nemotron_fp8.planning.recipe import Recipe, recipe_of
 from nemotron_fp8.report.contents import contents_of, recipe_without_patterns
-from nemotron_fp8.sources.folder import read_folder
 from nemotron_fp8.sources.open import is_remote
+from nemotron_fp8.stores.address import is_store, local_path
 from nemotron_fp8.untrusted.strict_json import load_value
+from nemotron_fp8.verification.result_files import FolderFiles, open_result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,7 +37,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.progress import Progress
     from nemotron_fp8.report.contents import Contents
     from nemotron_fp8.sources.base import Source
+    from nemotron_fp8.sources.files import Opener
     from nemotron_fp8.verification.problems import Problem
+    from nemotron_fp8.verification.result_files import ResultFiles
 
 
 MAX_ROWS, MAX_COLUMNS = 512, 64
@@ -168,7 +168,7 @@ def read_summary(
     """Summarize a result.
 
     Args:
-        destination: the result.
+        destination: the result: a folder, a repository on the Hub (``hf://``) or a folder of an object store.
         source: source of the result, to measure the errors; None to read them from the result, if it has them.
         max_memory: bytes of the working buffers.
         threads: worker threads; None for as many as this process has cores.
@@ -176,16 +176,13 @@ def read_summary(
 
     Raises:
         SourceError: the result or the source cannot be read.
-        RecipeError: ``max_memory`` is malformed, or the result is on the Hub.
+        HubError, StoreError: the result or the source cannot be fetched.
+        RecipeError: ``max_memory`` is malformed.
     """
-    repo = repository_of(destination)
-    if repo is not None:
-        raise RecipeError(
-            f"report and compare read local folders only; download the result: hf download {repo} --local-dir DIR"
-        )
-    root = Path(destination)
-    inventory = read_folder(root)
-    manifest = read_manifest(root)
+    files = _files_of(destination)
+    root = files.root if isinstance(files, FolderFiles) else None
+    inventory = files.inventory()
+    manifest = files.manifest()
     quantization = inventory.quantization_config
     layout = recipe_of(quantization)
     views = {view.name: view for view in inventory.views}
@@ -208,12 +205,12 @@ def read_summary(
     figures: Figures | None = None
     problems: tuple[Problem, ...] = ()
     if source is not None:
-        figures, problems = _compare(source, root, max_memory, threads, progress)
-    elif (root / STATS).is_file():
-        figures = parse_figures(read_small(root / STATS))
+        figures, problems = _compare(source, destination, max_memory, threads, progress)
+    elif STATS in files.names():
+        figures = parse_figures(files.read(STATS))
     spoiled = {each.tensor for each in figures.nonfinite} if figures else ()
     return ResultSummary(
-        name=root.resolve().name,
+        name=root.resolve().name if root else files.name,
         version=manifest.version if manifest else None,
         asked=asked,
         layout=layout,
@@ -221,21 +218,29 @@ def read_summary(
         quantized=len(weights),
         unquantized=len(views) - len(weights) - len(scales) - len(stored),
         stored=len(stored),
-        scales=_distribution(root, scales),
+        scales=_distribution(files.opener, scales),
         figures=figures,
         problems=problems,
         checked=source is not None,
-        contents=contents_of(inventory, layout, asked, found, stored, spoiled, _missing_folders(root, inventory)),
+        contents=contents_of(inventory, layout, asked, found, stored, spoiled, _missing_folders(files, inventory)),
         source=_name_of_source(source, inventory.card),
         model=_model_of(inventory.config or {}),
-        made=_date_of(root / MANIFEST) if manifest else None,
+        made=_date_of(root / MANIFEST) if root and manifest else None,
     )
+
+
+def _files_of(destination: str | os.PathLike[str]) -> ResultFiles:
+    """Return the files of a result; of a folder without asking whether a conversion of it is unfinished."""
+    text = os.fspath(destination)
+    text = local_path(text) or text
+    return open_result(text) if is_address(text) or is_store(text) else FolderFiles(Path(text))
 
 
 def _name_of_source(source: str | os.PathLike[str] | None, card: bytes | None) -> str | None:
     """Return the name of the source, without its folder: as it was passed, else as a model card states it."""
     if source is not None:
-        return short_name(os.fspath(source) if is_remote(os.fspath(source)) else str(Path(source).resolve()))
+        text = os.fspath(source)
+        return short_name(text if is_store(text) or is_remote(text) else str(Path(local_path(text) or text).resolve()))
     named = split_card(card or b"")[0].get("base_model")
     return named if isinstance(named, str) else None
 
@@ -254,15 +259,19 @@ def _date_of(file: Path) -> str | None:
     return None
 
 
-def _missing_folders(root: Path, inventory: Inventory) -> tuple[str, ...]:
+def _missing_folders(files: ResultFiles, inventory: Inventory) -> tuple[str, ...]:
     """Return the folders that modules.json of Sentence Transformers names and a result lacks."""
     if not any(side.name == MODULES for side in inventory.side_files):
         return ()
     listed: object = []
     with suppress(_MalformedError):
-        listed = load_value(read_small(root / MODULES), MODULES, _MalformedError)
+        listed = load_value(files.read(MODULES), MODULES, _MalformedError)
     paths = [each.get("path") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
-    return tuple(path for path in paths if isinstance(path, str) and is_plain_name(path) and not (root / path).is_dir())
+    named = [path for path in paths if isinstance(path, str) and is_plain_name(path)]
+    if isinstance(files, FolderFiles):
+        return tuple(path for path in named if not (files.root / path).is_dir())
+    there = {path.partition("/")[0] for path in files.paths() if "/" in path}
+    return tuple(path for path in named if path not in there)
 
 
 class _MalformedError(Exception):
@@ -275,7 +284,7 @@ def _bytes(views: Iterable[TensorView]) -> int:
 
 def _compare(
     source: str | os.PathLike[str],
-    root: Path,
+    destination: str | os.PathLike[str],
     max_memory: str | int,
     threads: int | None,
     progress: Callable[[Progress], None] | None,
@@ -283,7 +292,7 @@ def _compare(
     from nemotron_fp8.sources.open import open_source
     from nemotron_fp8.verification.verify import verify_repo
 
-    verification = verify_repo(source, root, max_memory, threads, progress=progress)
+    verification = verify_repo(source, destination, max_memory, threads, progress=progress)
     measured = {tensor.name for tensor in verification.tensors}
     found = _nonfinite(open_source(source), measured)
     return Figures(verification.tensors, found), verification.problems
@@ -310,16 +319,15 @@ def _count(source: Source, view: TensorView) -> NonFinite | None:
         return count_all(view, reader)
 
 
-def _distribution(root: Path, scales: list[TensorView]) -> Scales:
+def _distribution(opener: Opener, scales: list[TensorView]) -> Scales:
     import torch
 
-    from nemotron_fp8.sources.files import FolderOpener
     from nemotron_fp8.sources.reader import Reader
     from nemotron_fp8.sources.scale_values import unpack_scales
 
     bins: defaultdict[int, int] = defaultdict(int)
     smallest, largest, count = float("inf"), 0.0, 0
-    with Reader(FolderOpener(root)) as reader:
+    with Reader(opener) as reader:
         for view in scales:
             for begin in range(0, view.numel, STEP):
                 with reader.elements(view, begin, min(begin + STEP, view.numel)) as stored:

@@ -29,7 +29,7 @@ from nemotron_fp8.checkpoint.inventory import (
     load_index,
     make_shard,
     model_weights,
-    numbered_shards,
+    shards_beside,
     shards_of,
     sort_side_files,
     stacks_of,
@@ -149,8 +149,7 @@ def _refuse_odd(root: Path, odd: Mapping[str, str], names: Iterable[str]) -> Non
 
 def refuse_one_of_several(root: Path, shard: str, weight_map: Mapping[str, str] | None) -> None:
     """Raise OneShardError if a shard is one of several, by the index or by its name."""
-    listed = set((weight_map or {}).values())
-    count = len(listed) if shard in listed else len(numbered_shards(shard))
+    count = shards_beside(shard, weight_map)
     if count > 1:
         raise OneShardError(str(root / shard), count, str(root))
 

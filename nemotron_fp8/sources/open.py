@@ -108,7 +108,13 @@ def shards_of(path: str, hub: HubOptions | None = None) -> tuple[Shard, ...]:
         SourceError, HubError, StoreError: as `open_source` and `nemotron_fp8.sources.folder.inspect_path`.
     """
     path = local_path(path) or path
-    return open_source(path, hub=hub).inventory.shards if is_store(path) or is_remote(path) else inspect_path(path)
+    if is_store(path):
+        from nemotron_fp8.hub.options import as_hub_options
+        from nemotron_fp8.sources.store import inspect_store
+
+        options = as_hub_options(hub)
+        return inspect_store(path, options.on_wait, options.retry_policy())
+    return open_source(path, hub=hub).inventory.shards if is_remote(path) else inspect_path(path)
 
 
 def _open_file(path: Path) -> Source:

@@ -19,6 +19,7 @@ from nemotron_fp8.checkpoint.inventory import (
     load_index,
     make_shard,
     model_weights,
+    shards_beside,
     shards_of,
     sort_side_files,
     stacks_of,
@@ -26,7 +27,7 @@ from nemotron_fp8.checkpoint.inventory import (
 )
 from nemotron_fp8.checkpoint.model_code import CODE, ModelCode, find_code, names_code
 from nemotron_fp8.checkpoint.other_formats import without_weights
-from nemotron_fp8.errors import SourceError, SourceNotFoundError, printable
+from nemotron_fp8.errors import OneShardError, SourceError, SourceNotFoundError, printable
 from nemotron_fp8.untrusted import strict_json
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class RemoteFiles(Protocol):
 
 
 def read_inventory(
-    files: RemoteFiles, name: str, fetch: str, ignored: Collection[str] = ()
+    files: RemoteFiles, name: str, fetch: str, ignored: Collection[str] = (), shard: str | None = None
 ) -> tuple[Inventory, dict[str, tuple[int, str]]]:
     """Read the inventory of a checkpoint; of each shard only the header is fetched.
 
@@ -74,31 +75,39 @@ def read_inventory(
         name: its name in messages.
         fetch: command that copies the checkpoint to a local disk, for messages.
         ignored: names of files that are neither copied nor reported as left out.
+        shard: name of the only shard to take; None for all shards of the checkpoint.
 
     Returns:
         The inventory; and of each shard the bytes of its header and their SHA-256.
 
     Raises:
         SourceError: there is no readable checkpoint, or its index names a file that is not listed.
+        OneShardError: ``shard`` is one of several shards.
     """
     top = sorted(path for path in files.names() if "/" not in path)
     config = load_config(read_json(files, CONFIG)) if CONFIG in top else None
     index_metadata, weight_map = None, None
     if INDEX in top:
         index_metadata, weight_map = load_index(read_json(files, INDEX))
+    if shard is not None:
+        count = shards_beside(shard, weight_map)
+        if count > 1:
+            raise OneShardError(f"{name}/{shard}", count, name)
+        if shard not in (weight_map or {}).values():
+            index_metadata, weight_map = None, None
     archives = [path for path in files.names() if path.lower().endswith(".nemo")]
     if archives and not any(path.endswith(".safetensors") for path in top):
         what = f"holds a NeMo archive, {printable(archives[0])}; archives are read from local disks only"
         raise SourceNotFoundError(name, f"{what}: download it ({fetch}), then pass the file")
-    if weight_map is None and not model_weights(top):
+    if shard is None and weight_map is None and not model_weights(top):
         raise _without_weights(files, name, top, fetch)
-    shards = shards_of(name, top, weight_map)
+    shards = shards_of(name, top, weight_map) if shard is None else (shard,)
     read = {}
-    for shard, found in read_headers(files, shards).items():
+    for each, found in read_headers(files, shards).items():
         if isinstance(found, SourceError):
             raise found
-        read[shard] = found
-    made = tuple(make_shard(shard, header, files.size(shard)) for shard, (header, _) in read.items())
+        read[each] = found
+    made = tuple(make_shard(each, header, files.size(each)) for each, (header, _) in read.items())
     sizes = {path: files.size(path) for path in top if path not in ignored}
     code = _find_code(files, config, sizes)
     side, left_out = sort_side_files(sizes, shards, code.files)
@@ -109,7 +118,7 @@ def read_inventory(
         inventory = replace(inventory, card=files.read_whole(CARD))
     if MANIFEST in top and files.size(MANIFEST) <= strict_json.MAX_BYTES:
         inventory = replace(inventory, stacks=stacks_of(files.read_whole(MANIFEST)))
-    return inventory, {shard: (header.data_start, digest) for shard, (header, digest) in read.items()}
+    return inventory, {each: (header.data_start, digest) for each, (header, digest) in read.items()}
 
 
 def _why_nested(path: str) -> str:

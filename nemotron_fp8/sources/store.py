@@ -7,30 +7,30 @@ from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
 from nemotron_fp8._retry import RetryPolicy
-from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, without_remnants
+from nemotron_fp8.checkpoint.inventory import CARD, CONFIG, INDEX, MANIFEST, make_shard, without_remnants
 from nemotron_fp8.errors import SourceNotFoundError
 from nemotron_fp8.sources.base import Source, parse_shard_size, refuse_shard_size
 from nemotron_fp8.sources.nemo.remote import is_nemo_listing, read_nemo_files
 from nemotron_fp8.sources.read_ahead import HELD, SEGMENT, ReadAhead
-from nemotron_fp8.sources.remote import read_inventory
+from nemotron_fp8.sources.remote import read_header, read_inventory
 from nemotron_fp8.stores.address import parse_store
 from nemotron_fp8.stores.client import StoreClient
 from nemotron_fp8.stores.connection import require_obstore
-from nemotron_fp8.stores.listing import JOB_FILE
+from nemotron_fp8.stores.listing import JOB_FILE, StoreListing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from typing_extensions import Self
 
-    from nemotron_fp8.checkpoint.inventory import Inventory
+    from nemotron_fp8.checkpoint.inventory import Inventory, Shard
     from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.progress import TransferTracker
     from nemotron_fp8.sources.files import SourceFile
     from nemotron_fp8.sources.remote import RemoteFiles
     from nemotron_fp8.stores.address import StoreAddress
-    from nemotron_fp8.stores.listing import StoreListing
 
+SHARD = ".safetensors"
 MAX_WHOLE = HELD * SEGMENT
 """Bytes of the largest side file that is held whole; nothing is read ahead then."""
 Item = TypeVar("Item")
@@ -213,16 +213,18 @@ def open_store(
         MissingExtraError: obstore is not installed.
         RecipeError: ``shard_size`` is malformed, or set for a source that has shards.
     """
-    address = parse_store(text)
+    address, shard = _folder_of(parse_store(text))
     require_obstore()
     client = StoreClient(address, policy or RetryPolicy(), on_wait=on_wait)
     listing = client.listing()
+    if shard is not None and shard not in listing.files:
+        raise SourceNotFoundError(text, "no such file in the store; check bucket and folder")
     if not listing.files:
         raise SourceNotFoundError(str(address), "no files in this folder of the store; check bucket and folder")
     refuse_unfinished(listing)
     files = StoreFiles(client, listing)
     with listing.naming():
-        if is_nemo_listing(listing.files):
+        if shard is None and is_nemo_listing(listing.files):
             size = parse_shard_size(shard_size)
             opener = StoreOpener(client, listing)
             source = read_nemo_files(files, str(address), size, opener)
@@ -230,7 +232,36 @@ def open_store(
             inventory = _held(source.inventory)
             return Source(inventory, source.opener, None, stamps, StorePrefetcher(opener), str(address))
         refuse_shard_size(shard_size)
-        return _read(files, address)
+        return _read(files, address, shard)
+
+
+def inspect_store(
+    text: str, on_wait: Callable[[str, float], None] | None = None, policy: RetryPolicy | None = None
+) -> tuple[Shard, ...]:
+    """Return the shards of a folder, or the single shard of a file, from headers alone; arguments as `open_store`.
+
+    Raises:
+        SourceError, StoreError, StoreAddressError, MissingExtraError: as `open_store`.
+    """
+    address, name = _folder_of(parse_store(text))
+    if name is None:
+        return open_store(text, None, on_wait, policy).inventory.shards
+    require_obstore()
+    client = StoreClient(address, policy or RetryPolicy(), on_wait=on_wait)
+    file = client.head(name)
+    if file is None:
+        raise SourceNotFoundError(text, "no such file in the store; check bucket and folder")
+    listing = StoreListing(address, {name: file})
+    with listing.naming():
+        header, _ = read_header(StoreFiles(client, listing), name)
+    return (make_shard(name, header, file.size),)
+
+
+def _folder_of(address: StoreAddress) -> tuple[StoreAddress, str | None]:
+    """Return the folder of an address, and the name of the shard if it names one."""
+    if not address.prefix.endswith(SHARD):
+        return address, None
+    return address.parent(), address.prefix.rpartition("/")[2]
 
 
 def refuse_unfinished(listing: StoreListing) -> None:
@@ -243,19 +274,20 @@ def refuse_unfinished(listing: StoreListing) -> None:
         raise SourceNotFoundError(listing.label, "unfinished; rerun the conversion to resume it")
 
 
-def read_store(files: StoreFiles) -> Inventory:
-    """Return the inventory of a checkpoint of safetensors shards in a store.
+def read_store(files: StoreFiles, shard: str | None = None) -> Inventory:
+    """Return the inventory of a checkpoint of safetensors shards in a store; of one shard alone, if it is named.
 
     Raises:
         SourceError: there is no readable checkpoint; the class names the reason.
     """
     address = files.listing.address
-    return read_inventory(files, str(address), f"{_COPY[address.scheme]} {address} FOLDER")[0]
+    inventory, _ = read_inventory(files, str(address), f"{_COPY[address.scheme]} {address} FOLDER", (), shard)
+    return inventory if shard is None else replace(inventory, source=str(address.child(shard)))
 
 
-def _read(files: StoreFiles, address: StoreAddress) -> Source:
-    """Open a checkpoint of safetensors shards."""
-    inventory = _held(without_remnants(read_store(files)))
+def _read(files: StoreFiles, address: StoreAddress, shard: str | None) -> Source:
+    """Open a checkpoint of safetensors shards, or one shard."""
+    inventory = _held(without_remnants(read_store(files, shard)))
     # The opener travels with every job: it lists the files that are read, not those beside them.
     used = [shard.name for shard in inventory.shards] + [side.file or side.name for side in inventory.side_files]
     listing = replace(files.listing, files=_only(files.listing.files, used))
@@ -263,7 +295,7 @@ def _read(files: StoreFiles, address: StoreAddress) -> Source:
     opener = StoreOpener(files.client, listing, frozenset(small))
     stamped = (*used, CONFIG, INDEX, *(CARD,) * (inventory.card is not None))
     stamps = {name: files.listing.files[name].stamp for name in stamped if name in files.listing.files}
-    return Source(inventory, opener, None, stamps, StorePrefetcher(opener), str(address))
+    return Source(inventory, opener, None, stamps, StorePrefetcher(opener), inventory.source)
 
 
 _COPY = {"s3": "aws s3 cp --recursive", "gs": "gcloud storage cp -r", "az": "azcopy copy --recursive"}

@@ -409,10 +409,17 @@ def test_a_dry_run_is_a_plan(checkpoint: Path, destination: Path) -> None:
     recipe = ["--granularity", "tensor", "--ignore", "o_proj", "--device", "cpu"]
     others = ["--overwrite", "--restart", "--no-digests", "--base-model", "a/b", "--ray", "auto"]
 
-    def invoke(*words: object) -> str:
+    def invoke(*words: object) -> object:
         done = CliRunner().invoke(cli, list(map(str, words)))
         assert done.exit_code == 0, done.output
-        return re.sub(r"about [\d:]+ on|than .*/s|: [\d.]+(e-\d+)?", "", done.stdout)  # measured, or a sum of it
+        if "--json" in words:
+            tree = json.loads(done.stdout)
+            assert tree.pop("seconds") > 0
+            assert tree.pop("peak_host_bytes") > 0  # as the seconds, a measurement of this process
+            return tree
+        lines = done.stdout.splitlines()
+        assert [line.split(" ")[0] for line in lines[-3:]] == ["memory", "time", ""]
+        return lines[:-3]
 
     planned = invoke("plan", checkpoint, *recipe)
     assert planned == invoke("quantize", checkpoint, destination, "--dry-run", *recipe, *others)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import quantize_repo
-from tests.cluster.ray_cluster import RayCluster
+from tests.cluster.ray_cluster import RayCluster, free_ports
 from tests.hub_server.fixtures import TOKEN
+from tests.store_server.server import environment_of
 from tests.support.checkpoints import contents, weight, write_checkpoint
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 SHARDS = 6
 TOKEN_ENV = "TEST_HUB_TOKEN"
+(STORE_PORT,) = free_ports(1)
+"""Port of the object store of the tests; every node has its address and its credentials from the start."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,7 +35,8 @@ def cluster() -> Iterator[RayCluster]:
     if find_spec("ray") is None:
         pytest.skip("needs the environment of `make test-cluster`")
     # Every node has the token of the tests' Hub, as `hf auth login` on every machine would give it.
-    with RayCluster(environment={TOKEN_ENV: TOKEN, "HF_HUB_DISABLE_XET": "1"}) as cluster:
+    environment = {TOKEN_ENV: TOKEN, "HF_HUB_DISABLE_XET": "1", **environment_of(STORE_PORT)}
+    with RayCluster(environment=environment) as cluster:
         os.environ.update(cluster.environment)  # before Ray is imported: it reads its token then
         yield cluster
     assert cluster.processes() == []

@@ -78,7 +78,7 @@ class RayCluster:
     def __init__(self, cpus: int = 1, environment: Mapping[str, str] | None = None) -> None:
         self._cpus, self._own = cpus, environment or {}
         self.folder = Path(tempfile.mkdtemp(prefix="nfp8-", dir="/tmp"))  # short: Unix sockets lie in it
-        self.port, self.client_port, self._agent_port = _free_ports(3)
+        self.port, self.client_port, self._agent_port = free_ports(3)
         self.nodes: list[NodeProcess] = []
         self.environment = {
             # Every node and every run has workers of its own: what one has compiled is to spare the next some seconds.
@@ -126,7 +126,7 @@ class RayCluster:
         self, cpus: int = 1, prefix: Sequence[str] = (), environment: Mapping[str, str] | None = None
     ) -> NodeProcess:
         """Start another node, by way of a command that is given as ``prefix``; it has joined when this returns."""
-        (agent,) = _free_ports(1)
+        (agent,) = free_ports(1)
         arguments = [f"--address={self.address}", f"--dashboard-agent-listen-port={agent}", f"--num-cpus={cpus}"]
         return self._start(arguments, prefix, environment)
 
@@ -180,7 +180,7 @@ class RayCluster:
         return node
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on just now, below those that the system and Ray give out by themselves."""
     found: list[int] = []
     while len(found) < count:

@@ -7,17 +7,20 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8.destinations.folder_staging import AttemptStaging, FolderStaging, SharedSink
 from nemotron_fp8.destinations.hub.upload import UploadSink, UploadStaging
+from nemotron_fp8.destinations.store.staging import StoreStaging
 from tests.cluster.ray_cluster import NODE
 from tests.support.doubles import announce
 
 if TYPE_CHECKING:
     import pytest
 
+    from nemotron_fp8.destinations.base import Staged
     from nemotron_fp8.destinations.file_sink import FileSink
+    from nemotron_fp8.destinations.store.sink import StoreSink
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +56,19 @@ class Setting:
         """In place of `UploadStaging.for_attempt`."""
         return UploadTrap(staging.client, staging.repo, staging.ref, staging.parent, setting=self)
 
+    def of_store(self, staging: StoreStaging, _tag: str) -> StoreTrap:
+        """In place of `StoreStaging.for_attempt`."""
+        return StoreTrap(staging.client, staging.job, staging.digests, setting=self)
+
     def set(self, monkeypatch: pytest.MonkeyPatch | None = None) -> None:
         """Set it in this process, for the time of a test or for good."""
         put = setattr if monkeypatch is None else monkeypatch.setattr
         # A bound method in a class does not get the instance; a function does.
         put(FolderStaging, "for_attempt", lambda staging, tag: self.of_folder(staging, tag))  # noqa: PLW0108
         put(UploadStaging, "for_attempt", lambda staging, tag: self.of_uploads(staging, tag))  # noqa: PLW0108
+        put(StoreStaging, "for_attempt", lambda staging, tag: self.of_store(staging, tag))  # noqa: PLW0108
 
-    def spring(self, name: str, sink: FileSink) -> None:
+    def spring(self, name: str, sink: FileSink | StoreSink) -> None:
         """Note a shard that is begun; hang in the middle of it where that is asked for."""
         if name == "probe":
             return
@@ -97,6 +105,39 @@ class UploadTrap(UploadStaging):
         return sink
 
 
+@dataclass(frozen=True, slots=True)
+class StoreTrap(StoreStaging):
+    """Uploads to a store as it should, but for one shard."""
+
+    setting: Setting = field(kw_only=True)
+
+    def stage(self, name: str, size: int) -> TrappedSink:
+        # Each attempt begins its upload before it hangs.
+        real = StoreStaging.stage(self, name, size)
+        return TrappedSink(real, name, self.setting)
+
+
+class TrappedSink:
+    """Sink that hangs once its upload has begun."""
+
+    def __init__(self, real: StoreSink, name: str, setting: Setting) -> None:
+        self._real, self._name, self._setting = real, name, setting
+
+    def __enter__(self) -> TrappedSink:
+        self._real.__enter__()
+        self._setting.spring(self._name, self._real)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._real.__exit__(*error)
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        self._real.write_at(offset, data)
+
+    def finish(self) -> Staged:
+        return self._real.finish()
+
+
 def main_trapped(folder: str, shard: str, again: str, *arguments: str) -> None:
     """The command in a process that is to be killed or interrupted; its shard ``shard`` hangs."""
     from nemotron_fp8.cli.main import main
@@ -112,6 +153,14 @@ def quantize_trapped(address: str, source: str, out: str, folder: str, shard: st
 
     Setting(Path(folder), shard, again=True).set()
     quantize_repo(source, out, cluster=address, threads=1)
+
+
+def quantize_store_trapped(address: str, source: str, target: str, folder: str, shard: str) -> None:
+    """The same from one folder of a store to another; the credentials are in the environment."""
+    from nemotron_fp8 import quantize_repo
+
+    Setting(Path(folder), shard, again=True).set()
+    quantize_repo(source, target, cluster=address, threads=1)
 
 
 def quantize_hub_trapped(address: str, endpoint: str, target: str, folder: str, shard: str) -> None:

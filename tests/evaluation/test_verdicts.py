@@ -155,12 +155,22 @@ def test_any_figures_have_verdicts(evaluation: object) -> None:
         (1234.5, 37.0, "1234 +-37"),
         (0.0, 0.0, "0"),
         (0.5, None, "0.5"),
-        (3.1e-9, 1e-10, "3.10e-09 +-1.0e-10"),
+        (3.1e-9, 1e-10, "3.1e-09 +-1.0e-10"),
+        (0.0, 1e-9, "0 +-1.0e-09"),
+        (18.2431, 2e-15, "18.2"),  # an error of the sums, as of sequences that are all the same
+        (-18.2431, 2e-15, "-18.2"),
+        (18.2431, 3e-7, "18.243100 +-3.0e-07"),
         (2e9, 1e7, "2.00e+09 +-1.0e+07"),
     ],
 )
 def test_digits_are_those_that_the_error_supports(value: float, error: float | None, text: str) -> None:
     assert with_error(value, error) == text
+
+
+@given(st.floats(1e-3, 1e5), st.floats(0, 1.0))
+def test_usual_figures_have_no_exponent(value: float, error: float) -> None:
+    """Perplexities, percentages and divergences of a result; only their errors may be tiny."""
+    assert "e" not in with_error(value, error).partition(" ")[0]
 
 
 @given(st.floats(-1e30, 1e30), st.none() | st.floats(0, 1e30))

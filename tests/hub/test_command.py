@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nemotron_fp8 import Recipe
 from nemotron_fp8.cli.demo import write_checkpoint as write_demo
 from tests.hub.conftest import TOKEN
 from tests.hub.conversion import checkpoint, convert, wanted
@@ -205,14 +206,30 @@ def test_what_a_command_cannot_do_with_the_hub(
     before = len(hub.log)
     for arguments, advice in (
         (("quantize", "hf://nv/source", "--in-place"), "hf://"),
-        (("report", "hf://nv/source"), "hf download nv/source"),
-        (("compare", "hf://nv/source", "hf://nv/source"), "hf download nv/source"),
         (("quantize", "hf://source", "x"), "hf://owner/name"),
     ):
         code, _, err = run(server, tmp_path / "home", *arguments)
         assert code == 1
         assert advice in err
     assert hub.log[before:] == []
+
+
+def test_the_report_of_a_repository_is_that_of_its_folder(
+    hub: Hub, server: HubServer, client: HubClient, tmp_path: Path
+) -> None:
+    hub.store.seed("nv/source", checkpoint(tmp_path / "source", 2))
+    convert(client, tmp_path / "work", target=str(tmp_path / "target"), recipe=Recipe(stats=True))
+    hub.store.seed("nv/target", {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()})
+    here, there = [
+        run(server, tmp_path / "home", "report", place, "--json")[1]
+        for place in (str(tmp_path / "target"), "hf://nv/target")
+    ]
+    own = {"name": "", "made": None}  # a repository has no date of one file
+    assert json.loads(here) | own == json.loads(there) | own
+    assert json.loads(there)["tensors"]
+    code, out, _ = run(server, tmp_path / "home", "compare", str(tmp_path / "target"), "hf://nv/target")
+    assert code == 0
+    assert "target" in out
 
 
 def test_a_folder_that_looks_like_a_repository_is_noted(

@@ -254,13 +254,7 @@ class StoreServer:
 
     def environment(self) -> dict[str, str]:
         """Return the variables of a client: this endpoint, and credentials that a test can look for."""
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": KEY_ID,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_SESSION_TOKEN": SESSION,
-        }
+        return environment_of(self.port)
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -398,6 +392,17 @@ class StoreServer:
             for connection in self._open:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
+
+
+def environment_of(port: int) -> dict[str, str]:
+    """Return the variables of a client of the server at a port, which need not be there yet."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_SESSION_TOKEN": SESSION,
+    }
 
 
 def _length(answer: http.client.HTTPResponse) -> dict[str, str]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
 
-from nemotron_fp8 import dequantize_repo, quantize_repo, verify_repo
+from nemotron_fp8 import dequantize_repo, quantize_repo, status_of, verify_repo
 from nemotron_fp8.cli.main import cli, main
 from nemotron_fp8.errors import SourceNotFoundError
+from nemotron_fp8.errors.destination import DamagedJournalError
+from nemotron_fp8.stores.listing import JOB_FILE
 from tests.store_server.fixtures import BUCKET
 from tests.stores.test_destination import NAMES, StoppedError, stop_at
 from tests.stores.writing import PREFIX, TARGET, checkpoint_of, contents, convert, files_of
@@ -93,7 +96,11 @@ def test_the_command(
     store: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = str(checkpoint_of(tmp_path / "source", 2))
+    plan = CliRunner().invoke(cli, ["quantize", source, TARGET, "--dry-run", "--device", "cpu"])
+    assert re.search(r"^upload   .* no disk, and 72.0 MiB of memory for each at a time$", plan.stdout, re.MULTILINE)
+    assert contents(store) == {}
     done = CliRunner().invoke(cli, ["quantize", source, TARGET, "--device", "cpu"])
+    assert "note: shards are sent while they are made: no disk" in done.stderr
     assert (done.exit_code, done.stderr.count("error:")) == (0, 0)
     assert TARGET in done.stdout
     checked = CliRunner().invoke(cli, ["verify", source, TARGET, "--json"])
@@ -116,3 +123,37 @@ def test_the_command(
         assert line.startswith("error: ")
         assert message in line
     assert contents(store) == before
+
+
+def test_status(store: StoreServer, tmp_path: Path) -> None:
+    """Before, during and after, by records alone: nothing is written, and no shard is read."""
+    assert (status_of(TARGET).state, status_of(TARGET).kind) == ("none", "")
+    source = checkpoint_of(tmp_path / "source", 4)
+    with pytest.raises(StoppedError):
+        convert(source, progress=stop_at(NAMES[2]))
+    before, done = contents(store), sum(len(contents(store)[name]) for name in NAMES[:2])
+    store.log.clear()
+    status = status_of(TARGET)
+    assert (status.kind, status.state, status.source) == ("store", "unknown", str(source))
+    assert (status.shards_done, status.shards_total, status.shards_left) == (2, 4, 2)
+    assert (status.bytes_done, status.bytes_total) == (done, 2 * done)
+    assert status.recipe["granularity"] == "channel"
+    assert "run the same command again to resume" in status.advice
+    assert [request.method for request in store.log] == ["GET", "GET"]
+    assert contents(store) == before
+    convert(source)
+    status = status_of(TARGET)
+    assert (status.state, status.shards_done, status.bytes_done) == ("complete", 4, 2 * done)
+    shown = CliRunner().invoke(cli, ["status", TARGET])
+    assert shown.exit_code == 0
+    assert "complete" in shown.stdout
+    store.remove(BUCKET, PREFIX + NAMES[1])
+    assert "1 files are missing" in status_of(TARGET).notices[0]
+    store.put(BUCKET, "other/notes.txt", b"mine")
+    assert "only other files are there" in status_of(f"s3://{BUCKET}/other").advice
+
+
+def test_the_status_of_a_damaged_job_is_an_error(store: StoreServer, source: Path) -> None:
+    store.put(BUCKET, f"other/{JOB_FILE}", b"{}")
+    with pytest.raises(DamagedJournalError, match=r"job\.json"):
+        status_of(f"s3://{BUCKET}/other")

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, get_args
 import pytest
 
 from nemotron_fp8._retry import RetryPolicy
+from nemotron_fp8.conversion.workers import base
 from nemotron_fp8.destinations.open import StoreFolder
 from nemotron_fp8.errors import NemotronFp8Error
+from nemotron_fp8.errors.store_results import UploadBrokenError
 from nemotron_fp8.errors.stores import StoreDeniedError, StoreError
 from nemotron_fp8.stores.client import StoreClient
 from nemotron_fp8.stores.listing import RECORDS
+from tests.hub_server.faults import Fault
 from tests.store_server.server import CANARIES, STORE_FAULTS, StoreFault
 from tests.stores.conftest import QuickClock
 from tests.stores.writing import PREFIX, checkpoint_of, contents, convert, files_of, observe
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nemotron_fp8 import Progress
+    from tests.hub_server.faults import Request
     from tests.store_server.server import StoreServer
     from tests.support.counts import Counted
 
@@ -39,6 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return StoreClient(folder.address, RetryPolicy(clock=QuickClock()), timeout=0.6)
 
     monkeypatch.setattr(StoreFolder, "_client", client)
+    monkeypatch.setattr(base, "UPLOAD_WAITS", (0.1, 0.1))
 
 
 class Survivor:
@@ -117,6 +122,43 @@ def test_every_fault_at_every_request(store: StoreServer, tmp_path: Path, kind: 
     counted("faults", requests)
     counted("complete results whose records could not be deleted, by the next run", survivor.warned)
     counted("runs that ended with an error of ours, completed by a second one", dict(survivor.errors))
+
+
+def test_a_shard_whose_upload_breaks_is_made_again(
+    store: StoreServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The body of each answer to a completed upload breaks, twice; the third attempt at the shard succeeds."""
+    survivor = Survivor(store, tmp_path)
+    store.reset()
+    store.create("bucket")
+    broken: list[Request] = []
+
+    def before(request: Request) -> Fault | None:
+        if request.method == "PUT" and "partNumber" in request.query and len(broken) < 2:
+            broken.append(request)
+            return Fault("corrupt")
+        return None
+
+    store.before = before
+    assert convert(survivor.source).resumed == 0
+    assert contents(store) == survivor.result
+    assert [record.getMessage() for record in caplog.records if "is made again" in record.getMessage()] == [
+        record.getMessage() for record in caplog.records if "XAmzContentSHA256Mismatch" in record.getMessage()
+    ]
+    assert len(broken) == 2
+
+
+def test_an_upload_that_breaks_always(store: StoreServer, tmp_path: Path) -> None:
+    survivor = Survivor(store, tmp_path)
+    store.reset()
+    store.create("bucket")
+    store.before = lambda request: Fault("corrupt") if "partNumber" in request.query else None
+    with pytest.raises(UploadBrokenError, match="finished shards are kept"):
+        convert(survivor.source)
+    store.before = None
+    assert not observe(contents(store), survivor.result)
+    convert(survivor.source)
+    assert contents(store) == survivor.result
 
 
 def test_the_kinds_of_faults() -> None:

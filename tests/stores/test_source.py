@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nemotron_fp8 import Recipe, quantize_repo, verify_repo
-from nemotron_fp8.errors import BudgetError, RecipeError, SourceNotFoundError
+from nemotron_fp8.errors import BudgetError, MissingExtraError, OneShardError, RecipeError, SourceNotFoundError
 from nemotron_fp8.errors.stores import ChangedObjectError
-from nemotron_fp8.sources.open import open_source
+from nemotron_fp8.sources.open import open_source, shards_of
 from nemotron_fp8.sources.read_ahead import SEGMENT
 from tests.stores.conversion import SOURCE, checkpoint, contents, seed
 
@@ -185,3 +185,29 @@ def test_bytes_are_fetched_once_unless_a_scale_covers_the_tensor(
     quantize_repo(SOURCE, tmp_path / "result", recipe, "cpu", threads=2)
     quantized = fetched(store, name)[header + 600 :]
     assert set(quantized) == {times}
+
+
+def test_a_single_shard(store: StoreServer, tmp_path: Path) -> None:
+    """Beside its config; one of several shards can be inspected only."""
+    checkpoint(tmp_path / "source", shards=2)
+    seed(store, tmp_path / "source")
+    one = f"{SOURCE}/model-00001-of-00002.safetensors"
+    assert [shard.name for shard in shards_of(one)] == ["model-00001-of-00002.safetensors"]
+    with pytest.raises(OneShardError, match="2 shards"):
+        open_source(one)
+    for missing in (open_source, shards_of):
+        with pytest.raises(SourceNotFoundError, match="no such file in the store"):
+            missing(f"{SOURCE}/other.safetensors")
+    store.put("bucket", "nv/single/model.safetensors", (tmp_path / "source" / one.rpartition("/")[2]).read_bytes())
+    store.put("bucket", "nv/single/config.json", b'{"model_type": "llama", "torch_dtype": "bfloat16"}')
+    address = "s3://bucket/nv/single/model.safetensors"
+    quantize_repo(address, tmp_path / "result", device="cpu")
+    assert verify_repo(address, tmp_path / "result").ok
+    assert (tmp_path / "result" / "config.json").exists()
+
+
+def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemotron_fp8.stores.connection.find_spec", lambda _: None)
+    for call in (open_source, shards_of):
+        with pytest.raises(MissingExtraError, match=r"pip install 'nemotron_fp8\[stores\]'"):
+            call(SOURCE)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from nemotron_fp8.errors.store_results import UploadBrokenError
 from nemotron_fp8.sources.base import NoPrefetch
 
 if TYPE_CHECKING:
@@ -17,6 +21,11 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.base import Prefetcher
     from nemotron_fp8.sources.files import Opener
+
+
+logger = logging.getLogger("nemotron_fp8")
+UPLOAD_WAITS = (5.0, 30.0, 120.0)
+"""Seconds before a shard is made again whose upload broke; the client has retried its parts for minutes by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,9 @@ def run_jobs(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int]
         spec: the engine.
         jobs: the jobs.
         advance: called with the name of a shard and the input bytes that were processed, from any thread.
+
+    Raises:
+        UploadBrokenError: every attempt to upload a shard while it is made has broken.
     """
     from nemotron_fp8.conversion.shard import make_shard
     from nemotron_fp8.engines.devices import open_engine
@@ -112,7 +124,20 @@ def run_jobs(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int]
     def count(nbytes: int) -> None:
         advance(shard, nbytes)
 
-    with open_engine(spec, count) as engine:
+    with ExitStack() as stack:
+        engine = stack.enter_context(open_engine(spec, count))
         for job in jobs:
             shard = job.shard_task.name
-            yield make_shard(job.shard_task, job.opener, job.staging, engine, count)
+            for wait in (*UPLOAD_WAITS, None):
+                try:
+                    receipt = make_shard(job.shard_task, job.opener, job.staging, engine, count)
+                    break
+                except UploadBrokenError as error:
+                    if wait is None:
+                        raise
+                    logger.warning("%s; the shard is made again in %.0f s", error, wait)
+                # A new engine: the exception has interrupted the other one.
+                stack.close()
+                time.sleep(wait)
+                engine = stack.enter_context(open_engine(spec, count))
+            yield receipt

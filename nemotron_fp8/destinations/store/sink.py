@@ -8,8 +8,11 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.destinations.base import Staged
-from nemotron_fp8.destinations.store.ordered_bytes import OrderedBytes, StoppedError
+from nemotron_fp8.destinations.store.ordered_bytes import WAITING_BYTES, OrderedBytes, StoppedError
 from nemotron_fp8.errors import WriteError
+from nemotron_fp8.errors.store_results import UploadBrokenError
+from nemotron_fp8.errors.stores import StoreNoProgressError, StoreUploadError
+from nemotron_fp8.stores.client import PART, UPLOADS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
     from nemotron_fp8.stores.listing import StoredFile
 
 
+UPLOAD_BYTES = WAITING_BYTES + (UPLOADS + 1) * PART
+"""Memory of the upload of one shard: bytes that wait, and parts in flight.
+
+Bytes that come out of order, as from engines with many threads for a moment, take up to `AHEAD_BYTES` more.
+"""
 STOP_SECONDS = 5.0
 """Longest wait for an upload that is given up; its thread does not keep the process alive."""
 
@@ -112,7 +120,8 @@ class StoreSink(OrderedSink):
         digests: whether to compute the SHA-256 digest.
 
     Raises:
-        StoreError: the upload failed; the class names the reason.
+        UploadBrokenError: the upload failed, and may succeed if the shard is made again.
+        StoreError: the store rejects the upload; the class names the reason.
     """
 
     def __init__(
@@ -132,6 +141,10 @@ class StoreSink(OrderedSink):
     def consume(self, pieces: Iterator[memoryview]) -> StoredFile:
         try:
             return self._client.upload(self.name, self.size, pieces, self._sent)
+        except StoreNoProgressError as error:
+            raise UploadBrokenError(error.store, self.name, error.reason) from None
+        except StoreUploadError as error:
+            raise UploadBrokenError(error.store, self.name, error.problem) from None
         finally:
             self._transfers.ended("upload", self.name)
 

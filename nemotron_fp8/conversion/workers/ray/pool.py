@@ -144,7 +144,7 @@ class RayPool:
             except LostError:  # the node is lost and gets no shard
                 continue
             if isinstance(result, NodeCheckFailed):
-                raise NodeBlindError(node, result.what, result.problem, result.on_hub)
+                raise NodeBlindError(node, result.what, result.problem, result.on_hub, result.in_store)
 
     def _submit(self, attempt: Attempt) -> Any:
         payload = pickle.dumps(Task(attempt.own, self.spec))

@@ -15,6 +15,7 @@ from nemotron_fp8.conversion.workers.base import run_jobs
 from nemotron_fp8.conversion.workers.processes import Failed, portable
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.errors.hub import HubError
+from nemotron_fp8.errors.stores import StoreError
 from nemotron_fp8.progress import TransferTracker
 
 if TYPE_CHECKING:
@@ -68,11 +69,18 @@ class NodeCheckFailed:
         what: ``source`` or ``destination``.
         problem: the error message.
         on_hub: True if the problem is an error of the Hub.
+        in_store: True if it is an error of an object store.
     """
 
     what: str
     problem: str
     on_hub: bool = False
+    in_store: bool = False
+
+    @classmethod
+    def of(cls, what: str, error: Exception) -> NodeCheckFailed:
+        """Return the answer for an error."""
+        return cls(what, str(error), isinstance(error, HubError), isinstance(error, StoreError))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +117,11 @@ def check_node(payload: bytes, _board: Any = None) -> NodeCheckFailed | None:
             opened.read_into(0, memoryview(bytearray(1)))
             opened.close()
     except (NemotronFp8Error, OSError) as error:
-        return NodeCheckFailed("source", str(error), isinstance(error, HubError))
+        return NodeCheckFailed.of("source", error)
     try:
         check.job.staging.probe()
     except (NemotronFp8Error, OSError) as error:
-        return NodeCheckFailed("destination", str(error), isinstance(error, HubError))
+        return NodeCheckFailed.of("destination", error)
     return None
 
 
