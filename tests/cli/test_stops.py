@@ -17,6 +17,7 @@ import pytest
 from nemotron_fp8 import _process, quantize_repo, status_of
 from nemotron_fp8._utils import parallel_for, shut_down
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files
+from nemotron_fp8.cli.main import main
 from tests.support.checkpoints import Shards, contents, weight, write_checkpoint
 from tests.support.doubles import wait_for
 from tests.support.ends import MAIN, Command
@@ -212,6 +213,15 @@ def test_a_thread_that_waits_for_a_server(told: threading.Event) -> None:
     assert pending.cancelled()
     answer.set()
     assert waiting.result()
+
+
+def test_a_program_that_calls_the_command_keeps_its_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr("sys.argv", ["nemotron-fp8", "--version"])
+    main()
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_the_library_leaves_the_signals_of_a_program_alone(source: Path, tmp_path: Path) -> None:
