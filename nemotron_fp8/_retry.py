@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from nemotron_fp8.events import emit
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from threading import Event
@@ -149,8 +151,11 @@ class RetryPolicy:
                     failure.__cause__ = failure.__context__ = None
             if not isinstance(failure, _Wait):
                 raise failure
+            reason = f"{subject.name}: {failure.reason}"
+            text = f"{reason}; retrying in {failure.seconds:.0f} s"
+            emit("request.retried", text, reason=reason, seconds=round(failure.seconds, 1))
             if on_wait is not None:
-                on_wait(f"{subject.name}: {failure.reason}", failure.seconds)
+                on_wait(reason, failure.seconds)
             self.clock.wait(failure.seconds, cancel)
 
 

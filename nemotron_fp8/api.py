@@ -15,6 +15,7 @@ from nemotron_fp8.destinations.open import refuse_occupied
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.engines.devices import check_number_formats
 from nemotron_fp8.errors import RecipeError
+from nemotron_fp8.events import logged
 from nemotron_fp8.planning.amaxes import as_amaxes
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import as_recipe
@@ -125,6 +126,7 @@ def plan_source(
     return replace(plan, disk_bytes=sum(planned_sizes(plan).values()))
 
 
+@logged("quantize")
 def quantize_repo(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str] | None = None,
@@ -250,6 +252,7 @@ def quantize_repo(
         )
 
 
+@logged("convert")
 def convert_repo(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -295,6 +298,7 @@ def convert_repo(
         return _convert(source, destination, plan_convert, workers, options, shard_size)
 
 
+@logged("dequantize")
 def dequantize_repo(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

@@ -176,7 +176,11 @@ def test_what_a_notebook_shows(objects: dict[str, Any]) -> None:
     assert "compared code by code" in shown["Verification"]
     assert "BF16" in shown["Inspection"]
     assert "SQNR, median" in shown["ResultReport"]
+    assert "is as expected of FP8" in shown["ResultReport"]
+    assert "engines load the output layer unquantized" in shown["ResultReport"]
+    assert "vllm serve PATH" in shown["ResultReport"]
     assert "SQNR, median" in shown["ResultComparison"]
+    assert "complete" in shown["Status"]
     assert re.search(r"0\.0\d+ \u00b10\.0\d+", shown["Evaluation"])
     assert "8 experts, of which 1 saw no token" in shown["Calibration"]
     assert "words.txt" in shown["Amaxes"]

@@ -48,7 +48,7 @@ quantize_repo(source, target, Recipe(granularity=granularity), "cpu", max_memory
 
 
 class Objects:
-    """What the server remembers: of large objects only their size and tag."""
+    """Objects of the server; of large ones, only their size and tag."""
 
     def __init__(self, delay: float, rate: float) -> None:
         self.delay, self.rate = delay, rate
@@ -181,13 +181,13 @@ def served(delay: float, rate: float) -> Iterator[dict[str, str]]:
 
 def disk_bytes(process: int, folder: Path) -> int:
     """Return the bytes that a process has on the disk: in a folder, and in open files without a name."""
-    total = 0
+    found = {}
     for path in [*folder.rglob("*"), *Path(f"/proc/{process}/fd").glob("*")]:
         with suppress(OSError):
             info = path.stat() if path.parts[1] == "proc" else path.lstat()
             if path.parts[1] != "proc" or (info.st_nlink == 0 and os.path.realpath(path).startswith(str(folder))):
-                total += info.st_blocks * 512
-    return total
+                found[info.st_ino] = info.st_blocks * 512  # once for all its names
+    return sum(found.values())
 
 
 def run(source: Path, target: str, granularity: str, folder: Path, environment: dict[str, str]) -> dict[str, float]:

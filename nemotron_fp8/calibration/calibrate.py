@@ -18,6 +18,7 @@ from nemotron_fp8._version import __version__
 from nemotron_fp8.calibration.observer import Measuring
 from nemotron_fp8.destinations.file_sink import write_file
 from nemotron_fp8.errors import AmaxesFileError, DestinationExistsError, RecipeError, SourceError, WriteError
+from nemotron_fp8.events import logged
 from nemotron_fp8.inference.layer_loop import LayerLoop
 from nemotron_fp8.inference.session import check_sample, session_of
 from nemotron_fp8.planning.amaxes import (
@@ -159,6 +160,7 @@ def calibrate_repo(
     ).amaxes
 
 
+@logged("calibrate")
 def calibrate(
     source: str | os.PathLike[str],
     amaxes_file: str | os.PathLike[str] | None = None,

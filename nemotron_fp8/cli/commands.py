@@ -76,6 +76,22 @@ class Name(click.ParamType):  # type: ignore[type-arg]  # not generic in every v
         return [CompletionItem(incomplete, type=self.kind)]
 
 
+MONITOR = "nemotron_fp8.monitor."
+"""Start of the keys of ``ctx.meta`` with the files for log and metrics."""
+
+
+def _start_monitor(ctx: click.Context) -> None:
+    """Start log and metrics, if the command has any."""
+    log, metrics = (ctx.meta.get(f"{MONITOR}{name}") for name in ("log_json", "metrics"))
+    if log is not None or metrics is not None:
+        from nemotron_fp8.cli import monitor
+
+        if log is not None:
+            monitor.current.start_log(log)
+        if metrics is not None:
+            monitor.current.start_metrics(metrics)
+
+
 class Command(click.Command):
     """A command whose options have variables of the environment, and whose help has sections and examples."""
 
@@ -95,6 +111,7 @@ class Command(click.Command):
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
+        _start_monitor(ctx)
         _choose_loudness(ctx)
         if not ctx.params.get("quiet"):
             _note_variables(ctx)

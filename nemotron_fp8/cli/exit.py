@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from nemotron_fp8._process import command as running
-from nemotron_fp8.cli import streams
+from nemotron_fp8.cli import monitor, streams
 from nemotron_fp8.cli.signals import Signals, word_of
 from nemotron_fp8.cli.streams import silence
 from nemotron_fp8.errors import printable
@@ -56,20 +56,26 @@ def fail(message: str, code: int = 1) -> NoReturn:
     """Print one ``error:`` line and exit."""
     from nemotron_fp8.cli.output import note
 
-    note("error: " + " ".join(message.split()))
+    text = " ".join(message.split())
+    note(f"error: {text}")
+    monitor.current.end(code, text)
     silence(sys.stdout)  # the error is the last word, also if results could not be flushed
     sys.exit(code)
 
 
 def _last_words(number: int) -> None:
     """Write the ``error:`` line of a hard end past the streams, whose locks another thread may hold."""
-    os.write(2, f"error: {word_of(number)}; {again()}\n".encode())
+    text = f"{word_of(number)}; {again()}"
+    if streams.redirect is None:
+        os.write(2, f"error: {text}\n".encode())
+    monitor.current.end(128 + number, text)
 
 
 def run(command: click.Command) -> None:
     """Run a command; end the process with one ``error:`` line and an exit code if it fails."""
     streams.prepare()
     running.line = shlex.join(["nemotron-fp8", *sys.argv[1:]])
+    monitor.begin()
     try:
         Path.cwd()
     except OSError:  # libraries look it up when they are imported
@@ -79,6 +85,7 @@ def run(command: click.Command) -> None:
     try:
         _run(command)
         streams.finish()
+        monitor.current.end(0)
     except KeyboardInterrupt:
         # The exception does not show the signal: click replaces it, and so does Ray when it interrupts its C++ code.
         number = signals.first or signal.SIGINT
@@ -88,6 +95,7 @@ def run(command: click.Command) -> None:
         signals.leave(128 + number)
     except BrokenPipeError:  # the reader of the results is gone, as in `| head`
         silence(sys.stdout)
+        monitor.current.end(1, "the reader of the results is gone")
         sys.exit(1)
     except MemoryError:
         fail("out of memory; lower the limit of the working buffers (--max-memory), or free memory")
@@ -95,6 +103,7 @@ def run(command: click.Command) -> None:
         fail(_system_error(error))
     finally:
         signals.close()
+        monitor.current.end(1)
         running.line = ""
 
 
@@ -133,6 +142,7 @@ def _run(command: click.Command) -> None:
         )
     if stopped:
         streams.finish()
+        monitor.current.end(stopped)
         sys.exit(stopped)
 
 

@@ -43,6 +43,7 @@ from nemotron_fp8.cli.options import (
     TOKENS,
     VERBOSE,
     hub_options,
+    watched,
 )
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def cli() -> None:
 @click.option("--base-model", metavar="OWNER/NAME", help="Name of SRC on the Hub, for the model card of the result.")
 @QUIET
 @VERBOSE
+@watched
 @hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
 @click.pass_context
@@ -230,6 +232,7 @@ def quantize(
 @NO_DIGESTS
 @QUIET
 @VERBOSE
+@watched
 @hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
 def convert(
@@ -294,6 +297,7 @@ def convert(
 @NO_DIGESTS
 @QUIET
 @VERBOSE
+@watched
 @hub_options(HUB_SOURCE, HUB_DESTINATION, HUB_TRANSFER)
 @JSON
 def dequantize(
@@ -418,6 +422,7 @@ def plan(
 @hub_options(HUB_SOURCE)
 @QUIET
 @VERBOSE
+@watched
 @JSON
 def verify(
     folders: tuple[str, ...],
@@ -581,6 +586,7 @@ def compare(
 @click.option("--html", metavar="FILE", help="Write one self-contained page.")
 @QUIET
 @VERBOSE
+@watched
 @JSON
 def evaluate(
     source: str,
@@ -669,6 +675,7 @@ def evaluate(
 @hub_options(HUB_SOURCE)
 @QUIET
 @VERBOSE
+@watched
 @JSON
 @click.pass_context
 def calibrate(
@@ -740,7 +747,7 @@ def calibrate(
         after_calibrate(files[0], files[1], calibration.amaxes)
 
 
-OF_MERGE = ("files", "merge", "overwrite", "quiet", "verbose", "as_json")
+OF_MERGE = ("files", "merge", "overwrite", "quiet", "verbose", "as_json", "log_json", "metrics")
 """Parameters of ``calibrate`` that go with ``--merge``."""
 
 

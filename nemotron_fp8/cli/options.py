@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from nemotron_fp8.cli.commands import MONITOR
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -35,6 +37,35 @@ DEVICE_MEMORY = click.option(
 )
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors, and the object of --json.")
 VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Print what is done, too, on stderr.")
+
+
+def _keep(ctx: click.Context, param: click.Parameter, name: str | None) -> None:
+    """Keep the file of an option for the monitor, which starts when the command is called."""
+    if name is not None:
+        ctx.meta[f"{MONITOR}{param.name}"] = name
+
+
+LOG_JSON = click.option(
+    "--log-json",
+    metavar="FILE",
+    expose_value=False,
+    callback=_keep,
+    help="Append a log of JSON lines to FILE; with - write it to stderr, instead of everything else there.",
+)
+METRICS = click.option(
+    "--metrics",
+    metavar="FILE.prom",
+    expose_value=False,
+    callback=_keep,
+    help="Write metrics for the textfile collector of Prometheus to FILE.prom, every few seconds.",
+)
+
+
+def watched(command: F) -> F:
+    """Add the options for other programs that watch a long command."""
+    return LOG_JSON(METRICS(command))
+
+
 RECIPE_FILE = click.option(
     "--recipe",
     "recipe_file",

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, TextIO
 
 from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.cli import monitor, streams
 from nemotron_fp8.cli.streams import write_aside
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ CLEAR = "\r\x1b[K"
 SHARD_NUMBER = re.compile(r"-(\d+)-of-\d+\.safetensors$")
 
 
+OF_PROGRAMS = ("run.started", "run.notice", "run.finished", "run.failed", "run.interrupted", "request.retried")
+"""Events whose content the command prints in another place."""
+
+
 class _Messages(logging.Handler):
     """Prints messages of the library as notes: warnings, or with ``level`` others too."""
 
@@ -41,7 +46,9 @@ class _Messages(logging.Handler):
         self._note = note
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._note(record.getMessage())
+        # The command itself prints notices, errors and waits.
+        if getattr(record, "event", "") not in OF_PROGRAMS:
+            self._note(record.getMessage())
 
 
 class ProgressLine:
@@ -67,6 +74,7 @@ class ProgressLine:
         verbose: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        quiet = quiet or streams.redirect is not None  # then the log has all of it
         self._stream, self._quiet, self._verbose, self._clock = stream, quiet, verbose and not quiet, clock
         self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._lock = Lock()
@@ -99,6 +107,7 @@ class ProgressLine:
 
     def update(self, progress: Progress) -> None:
         """Show the state of a conversion; may be called from any thread."""
+        monitor.observe(progress)
         now = self._clock()
         self.seconds = max(self.seconds, progress.seconds)
         # While a transfer waits, no other update may come for half an hour.

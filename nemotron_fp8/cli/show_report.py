@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.cli.output import SHOWN_PROBLEMS, note, print_json, print_table, put, say, write_page
-from nemotron_fp8.cli.show_evaluation import show_figures
+from nemotron_fp8.cli.show_evaluation import COLUMNS, show_figures
 from nemotron_fp8.documents.expected_error import expected_text
 from nemotron_fp8.errors import MissingExtraError, WriteError
 from nemotron_fp8.report.html import DOCTYPE
@@ -97,7 +98,8 @@ def _show_one(result: ResultSummary) -> None:
         print_table([titles, *rows], right=(0, 1, 2, 3))
     if result.figures is not None and (text := expected_text(result.figures)):
         put()
-        say(text)
+        for line in textwrap.wrap(text, COLUMNS - 1):
+            say(line)
     for problem in result.problems[:SHOWN_PROBLEMS]:
         say(f"problem: {problem.tensor}: {problem.problem}")
     if result.checked and not result.problems:

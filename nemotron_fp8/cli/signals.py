@@ -16,7 +16,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemotron_fp8._process import stopping
 from nemotron_fp8.cli.streams import silence
@@ -61,7 +61,7 @@ class Signals:
         self._say = say
         self._raised = False
         self._claimed = threading.Lock()
-        self._handled: set[int] = set()
+        self._before: dict[int, Any] = {}
         self._over = False
         self._writer = -1
 
@@ -69,19 +69,20 @@ class Signals:
         """Let the signals interrupt the command; signals that are ignored, as under nohup, stay ignored."""
         for number in SIGNALS:
             before = signal.getsignal(number)
-            of_earlier = isinstance(getattr(before, "__self__", None), Signals)
-            if before in (signal.SIG_DFL, signal.default_int_handler) or of_earlier:
+            if before in (signal.SIG_DFL, signal.default_int_handler):
+                self._before[number] = before
                 signal.signal(number, self._interrupt)
-                self._handled.add(number)
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._wait, args=(reader,), name="signals", daemon=True).start()
 
     def close(self) -> None:
-        """Let signals be without effect from now on: the command is done. After a signal, its end is still watched."""
+        """Restore the handlers: the command is done. After a signal they are without effect, and the end is watched."""
         self._over = True
         if self.first is None:
+            for number, before in self._before.items():
+                signal.signal(number, before)
             signal.set_wakeup_fd(-1)
             os.close(self._writer)
 
@@ -113,13 +114,13 @@ class Signals:
             if not data:
                 os.close(reader)
                 return
-            numbers = self._handled.intersection(data)
+            numbers = self._before.keys() & set(data)
         begun = time.monotonic()
         self.first = self.first or min(numbers)
         stopping.set()
         while (left := begun + STOP_SECONDS - time.monotonic()) > 0:
             if select.select([reader], [], [], left)[0]:
-                again = self._handled.intersection(os.read(reader, 64))
+                again = self._before.keys() & set(os.read(reader, 64))
                 if again and time.monotonic() - begun > BURST_SECONDS:
                     break
         self.end()
@@ -128,7 +129,7 @@ class Signals:
         """Exit after the last words; threads that wait for a server are left behind."""
         silence(sys.stdout)
         if self.first is not None:
-            for number in self._handled:  # Python's own end would give them their default actions again
+            for number in self._before:  # Python's own end would give them their default actions again
                 signal.signal(number, signal.SIG_IGN)
             if any(not each.daemon for each in threading.enumerate() if each is not threading.main_thread()):
                 end_process(code)

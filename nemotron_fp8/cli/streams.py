@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import TextIO
 
 
@@ -45,6 +46,10 @@ def silence(stream: TextIO) -> None:
             _replace(number)
 
 
+redirect: Callable[[str], None] | None = None
+"""Function that takes each line for stderr instead: ``--log-json -`` makes JSON of it."""
+
+
 def write_error(text: str) -> None:
     """Write to stderr. A stream that cannot be written is silenced: nobody can be told, and the work goes on."""
     write_aside(sys.stderr, text)
@@ -52,6 +57,10 @@ def write_error(text: str) -> None:
 
 def write_aside(stream: TextIO, text: str) -> None:
     """Write to a stream whose text is not the result; failures silence it."""
+    if redirect is not None and stream is sys.stderr:
+        for line in filter(None, text.splitlines()):
+            redirect(line)
+        return
     try:
         stream.write(text)
         stream.flush()

@@ -66,6 +66,7 @@ from nemotron_fp8.engines.base import as_bytes
 from nemotron_fp8.engines.devices import check_engine, open_engine
 from nemotron_fp8.errors import SourceError, SourceNotFoundError, is_permanent
 from nemotron_fp8.errors.destination import DamagedJournalError, DiskSpaceError, InPlaceError, OtherRunError
+from nemotron_fp8.events import emit
 from nemotron_fp8.planning.layouts import execution_scales, quantized_dtypes
 from nemotron_fp8.planning.receipt import ShardReceipt, nonfinite_rows, parse_nonfinite, receipt_entry
 from nemotron_fp8.planning.tasks import files_of_views
@@ -130,6 +131,14 @@ def convert_in_place(
         source = folder.open()
         plan = planner(source.inventory)
         check_engine(spec, plan.shard_tasks)
+        emit(
+            "run.planned",
+            f"{source.label}: {len(plan.shard_tasks)} shards, {len(plan.tensors)} tensors",
+            shards=len(plan.shard_tasks),
+            tensors=len(plan.tensors),
+            bytes_in=plan.bytes_in,
+            bytes_out=plan.bytes_out,
+        )
         folder.agree(plan, source, run_identity(plan, source.stamps, "in-place"))
         resumed = len(folder.finished())
         progress = ShardCounter(ConversionProgress(plan.shard_tasks, options.progress))
@@ -489,6 +498,7 @@ class InPlaceFolder:
             write_file(self._amaxes / shard_task.name, iter([data]), self._partial.work / shard_task.name)
             sync_folder(self._amaxes)
             self._journal.append(dated(saved.entry(shard_task.name)))
+        emit("shard.measured", f"{shard_task.name}: measured", shard=shard_task.name)
         return saved
 
     def _load(self, shard_task: ShardTask, saved: SavedAmaxes) -> Measured | None:

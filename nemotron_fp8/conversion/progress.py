@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.events import emit
 from nemotron_fp8.progress import Progress, ShardProgress, TransferTracker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from nemotron_fp8.planning.tasks import ShardTask
-
-logger = logging.getLogger("nemotron_fp8")
 
 
 class ConversionProgress:
@@ -67,7 +65,7 @@ class ConversionProgress:
     def skip(self, shard: str) -> None:
         """Count a shard that an earlier run has finished, and log it."""
         self._close(shard, skipped=True)
-        logger.info("%s: finished by an earlier run", shard)
+        emit("shard.resumed", f"{shard}: finished by an earlier run", shard=shard)
 
     def finish(self, shard: str, size: int) -> None:
         """Count all bytes of a shard as processed, also those that its worker has not reported, and log it.
@@ -80,16 +78,19 @@ class ConversionProgress:
         since = self._since.pop(shard, None)
         seconds = 0.0 if since is None else self._clock() - since
         speed = f" in {seconds:.2f} s, {format_bytes(size / seconds)}/s" if seconds else ""
-        logger.info("%s: finished, %s%s", shard, format_bytes(size), speed)
+        text = f"{shard}: finished, {format_bytes(size)}{speed}"
+        rate = round(size / seconds) if seconds else None
+        emit("shard.finished", text, shard=shard, bytes=size, seconds=round(seconds, 3), bytes_per_second=rate)
 
     def add(self, shard: str, count: int) -> None:
         """Count processed input bytes of a shard, at most the bytes of the shard."""
+        if shard not in self._since:
+            self._since[shard] = self._clock()
         if not self.wanted:
             return
         with self._lock:
             if shard in self._closed:
                 return
-            self._since.setdefault(shard, self._clock())
             before = self._open.get(shard, 0)
             now = min(before + count, self._totals.get(shard, 0))
             self._open[shard] = now

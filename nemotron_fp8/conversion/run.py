@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from nemotron_fp8.destinations.run_identity import run_identity
 from nemotron_fp8.documents.render import with_manifest
 from nemotron_fp8.engines.devices import check_engine
 from nemotron_fp8.errors import UnsteadyReadError
+from nemotron_fp8.events import emit
 from nemotron_fp8.planning.receipt import disagreeing
 from nemotron_fp8.sources.base import NoPrefetch
 from nemotron_fp8.sources.files import side_file_pieces
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.receipt import ShardReceipt
     from nemotron_fp8.planning.tasks import ShardTask
     from nemotron_fp8.sources.base import Prefetch, Source
-
-
-logger = logging.getLogger("nemotron_fp8")
-"""Logger of the library, which prints nothing itself."""
-logger.addHandler(logging.NullHandler())  # without a handler, Python prints warnings to stderr
 
 
 MAX_ATTEMPTS = 3
@@ -61,7 +56,15 @@ def convert(source: Source, destination: Destination, plan: Plan, workers: Worke
     identity = run_identity(plan, source.stamps, destination.mode)
     progress = ConversionProgress(plan.shard_tasks, options.progress)
     sizes = f"{format_bytes(plan.bytes_in)} become {format_bytes(plan.bytes_out)}"
-    logger.info("%s: %d shards, %d tensors, %s", source.label, len(plan.shard_tasks), len(plan.tensors), sizes)
+    shards, tensors = len(plan.shard_tasks), len(plan.tensors)
+    emit(
+        "run.planned",
+        f"{source.label}: {shards} shards, {tensors} tensors, {sizes}",
+        shards=shards,
+        tensors=tensors,
+        bytes_in=plan.bytes_in,
+        bytes_out=plan.bytes_out,
+    )
 
     existing = destination.existing(plan, identity)
     if existing is not None:

@@ -99,6 +99,11 @@ class Staging(ABC):
         return True
 
     @property
+    def upload_waits(self) -> tuple[float, ...]:
+        """Seconds to wait before each further attempt at a shard whose upload broke while it was made."""
+        return ()
+
+    @property
     def is_file(self) -> bool:
         """True if a shard is a file here, which takes writes in any order and can be read back."""
         return False

@@ -10,6 +10,7 @@ from nemotron_fp8._progress_bar import progress_callback
 from nemotron_fp8._utils import check_arguments, shortened
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.evaluation.run import Run
+from nemotron_fp8.events import logged
 from nemotron_fp8.hub.options import as_hub_options
 from nemotron_fp8.inference.session import check_sample, session_of
 from nemotron_fp8.sources.open import open_source
@@ -27,6 +28,7 @@ ACTIVATIONS = ("as-served", "none")
 """Treatments of activations: as the engines that load a checkpoint do it, or in 16 bits everywhere."""
 
 
+@logged("evaluate")
 def evaluate_repo(
     source: str | os.PathLike[str],
     results: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],

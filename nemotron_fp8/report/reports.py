@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._display import Part, display, one_line
 from nemotron_fp8._progress_bar import progress_callback
-from nemotron_fp8._utils import check_arguments, short_name, shortened
+from nemotron_fp8._utils import check_arguments, format_bytes, listed, short_name, shortened
+from nemotron_fp8.documents.expected_error import expected_text
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.evaluation.naming import figures_of_folder, read_evaluation
 from nemotron_fp8.evaluation.result import Evaluation
@@ -49,11 +50,20 @@ class ResultReport:
         if evaluated is not None:
             figures = texts_of(evaluated.results[0])
             facts += [("KL divergence (nats)", figures.kl), ("change of the perplexity", figures.change)]
+        facts.append(("error", "" if summary.figures is None else expected_text(summary.figures)))
+        contents = summary.contents
+        left = contents.unquantized if contents else ()
+        reasons = [
+            (each.reason, f"{each.tensors:,}", format_bytes(each.bytes), listed(list(each.names))) for each in left
+        ]
+        served = contents.serving if contents else None
         problems = [(each.tensor, each.problem) for each in summary.problems]
         titles = ("SQNR", "largest error", "clamped", "to 0", "tensor")
         parts = [
             Part("Problems", problems, ("tensor or file", "problem"), (), True),
             Part("Worst tensors", worst_rows(summary), titles, (0, 1, 2, 3)),
+            Part("Unquantized tensors", reasons, ("why", "tensors", "bytes", "names"), (1, 2)),
+            Part("Serving", [(line,) for line in (*served.commands, *served.notes)] if served else ()),
         ]
         return display("Report", summary.name, facts, parts)
 

@@ -61,9 +61,11 @@ def _contents(result: ResultSummary) -> dict[str, str]:
         return found
     share = result.contents.share.share
     if share is not None:
-        found["linear weights in FP8, by bytes"] = percent(share)
+        found["linear weights in FP8"] = percent(share)
     if result.contents.engines:
-        found["read by"] = ", ".join(result.contents.readers) or "no engine"
+        readers = result.contents.readers
+        every = len(readers) == len(result.contents.engines)
+        found["read by"] = "every engine" if every else ", ".join(readers) or "no engine"
     return found
 
 

@@ -31,6 +31,7 @@ from nemotron_fp8.documents.model_card import stated_recipe
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.engines.devices import check_number_formats, check_numbers
 from nemotron_fp8.errors import RecipeError, SourceError, excerpt, printable
+from nemotron_fp8.events import logged
 from nemotron_fp8.planning.encoded_source import encoded_source
 from nemotron_fp8.planning.families import family_of
 from nemotron_fp8.planning.kv_cache import has_cache_scales
@@ -140,6 +141,7 @@ class _Findings:
         self.problems.append(Problem(what, problem))
 
 
+@logged("verify")
 def verify_repo(
     source: str | os.PathLike[str] | None,
     destination: str | os.PathLike[str],

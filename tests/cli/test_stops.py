@@ -5,6 +5,7 @@ The Hub is in tests/hub/test_stops.py, a cluster in tests/cluster, evaluation an
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -16,12 +17,13 @@ import pytest
 from nemotron_fp8 import _process, quantize_repo, status_of
 from nemotron_fp8._utils import parallel_for, shut_down
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files
+from nemotron_fp8.cli.main import main
 from tests.support.checkpoints import Shards, contents, weight, write_checkpoint
 from tests.support.doubles import wait_for
 from tests.support.ends import MAIN, Command
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 FIRST, SECOND = (f"model-{number:05d}-of-00002.safetensors" for number in (1, 2))
@@ -89,10 +91,12 @@ partial_folder.PartialFolder.discard_work = hang
 """The clean stop itself never comes to an end."""
 
 
-def begun(source: Path, tmp_path: Path, program: str, *more: object) -> Command:
+def begun(source: Path, tmp_path: Path, program: str, *more: object, env: Mapping[str, str] | None = None) -> Command:
     """A conversion that has finished its first shard, and hangs in the second."""
     flag = tmp_path / "flag"
-    command = Command.start(flag, *more, "quantize", source, tmp_path / "out", "-q", "--threads", "1", program=program)
+    command = Command.start(
+        flag, *more, "quantize", source, tmp_path / "out", "-q", "--threads", "1", program=program, env=env
+    )
     wait_for(flag, process=command.process)
     return command
 
@@ -130,8 +134,14 @@ def test_worker_processes(source: Path, tmp_path: Path, number: signal.Signals, 
 
 def test_a_call_that_no_signal_interrupts(source: Path, tmp_path: Path) -> None:
     """The clean stop has its time, one second here; then the process ends anyway."""
-    command = begun(source, tmp_path, SHORT + IN_C + MAIN)
+    watched = {"NEMOTRON_FP8_LOG_JSON": str(tmp_path / "log"), "NEMOTRON_FP8_METRICS": str(tmp_path / "x.prom")}
+    command = begun(source, tmp_path, SHORT + IN_C + MAIN, env=watched)
     assert 1.0 <= command.end() < 5
+    # Whoever watches the command learns of its end, too.
+    last = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+    assert (last["event"], last["exit"]) == ("command.ended", 143)
+    assert last["text"] == "terminated by SIGTERM; run the same command again to resume"
+    assert 'state="interrupted"} 1\n' in (tmp_path / "x.prom").read_text()
     resumes(source, tmp_path)
 
 
@@ -203,6 +213,15 @@ def test_a_thread_that_waits_for_a_server(told: threading.Event) -> None:
     assert pending.cancelled()
     answer.set()
     assert waiting.result()
+
+
+def test_a_program_that_calls_the_command_keeps_its_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr("sys.argv", ["nemotron-fp8", "--version"])
+    main()
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_the_library_leaves_the_signals_of_a_program_alone(source: Path, tmp_path: Path) -> None:

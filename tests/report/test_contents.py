@@ -183,7 +183,7 @@ def test_a_half_quantized_model_looks_like_one(tmp_path: Path) -> None:
     assert "24 tensors, 768.0 KiB: block_sparse_moe.experts.N.w1" in page.text
     assert BY_PATTERN in page.text
     done = CliRunner().invoke(cli, ["report", str(tmp_path / "d")])
-    assert re.search(r"linear weights in FP8, by bytes +25%", done.stdout)
+    assert re.search(r"linear weights in FP8 +25%", done.stdout)
     found = json.loads(CliRunner().invoke(cli, ["report", str(tmp_path / "d"), "--json"]).stdout)
     assert found["linear_share"] == pytest.approx(0.25, abs=0.001)
     assert found["unquantized"][0]["names"][0] == "block_sparse_moe.experts.N.w1"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, get_args
 import pytest
 
 from nemotron_fp8._retry import RetryPolicy
-from nemotron_fp8.conversion.workers import base
 from nemotron_fp8.destinations.open import StoreFolder
+from nemotron_fp8.destinations.store import staging
 from nemotron_fp8.errors import NemotronFp8Error
 from nemotron_fp8.errors.store_results import UploadBrokenError
 from nemotron_fp8.errors.stores import StoreDeniedError, StoreError
@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return StoreClient(folder.address, RetryPolicy(clock=QuickClock()), timeout=0.6)
 
     monkeypatch.setattr(StoreFolder, "_client", client)
-    monkeypatch.setattr(base, "UPLOAD_WAITS", (0.1, 0.1))
+    monkeypatch.setattr(staging, "UPLOAD_WAITS", (0.1, 0.1))
 
 
 class Survivor:
@@ -152,9 +152,18 @@ def test_an_upload_that_breaks_always(store: StoreServer, tmp_path: Path) -> Non
     survivor = Survivor(store, tmp_path)
     store.reset()
     store.create("bucket")
-    store.before = lambda request: Fault("corrupt") if "partNumber" in request.query else None
+    attempts: list[Request] = []
+
+    def corrupt(request: Request) -> Fault | None:
+        if "partNumber" not in request.query:
+            return None
+        attempts.append(request)
+        return Fault("corrupt")
+
+    store.before = corrupt
     with pytest.raises(UploadBrokenError, match="finished shards are kept"):
         convert(survivor.source)
+    assert len(attempts) == 3
     store.before = None
     assert not observe(contents(store), survivor.result)
     convert(survivor.source)

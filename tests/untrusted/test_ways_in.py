@@ -189,6 +189,9 @@ FOLDERS: Uses = {
         "os.open": "a folder, to sync it",
         "int": "numbers in the name of a folder of temporaries",
     },
+    "cli/json_log.py": {"os.open": "the log, opened for appending"},
+    "cli/metrics.py": {"os.open": "a new file of metrics", "os.fdopen": "a new file of metrics"},
+    "cli/monitor.py": {"socket": "the name of this host"},
     "cli/signals.py": {
         "os.read": "numbers of signals, from a pipe of this process",
         ".iterdir": "/proc: the threads of this process",

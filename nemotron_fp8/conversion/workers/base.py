@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("nemotron_fp8")
-UPLOAD_WAITS = (5.0, 30.0, 120.0)
-"""Seconds before a shard is made again whose upload broke; the client has retried its parts for minutes by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +126,7 @@ def run_jobs(spec: EngineSpec, jobs: Iterable[Job], advance: Callable[[str, int]
         engine = stack.enter_context(open_engine(spec, count))
         for job in jobs:
             shard = job.shard_task.name
-            for wait in (*UPLOAD_WAITS, None):
+            for wait in (*job.staging.upload_waits, None):
                 try:
                     receipt = make_shard(job.shard_task, job.opener, job.staging, engine, count)
                     break

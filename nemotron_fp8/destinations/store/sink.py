@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.stores.listing import StoredFile
 
 
-UPLOAD_BYTES = WAITING_BYTES + (UPLOADS + 1) * PART
-"""Memory of the upload of one shard: bytes that wait, and parts in flight.
+CLIENT_BYTES = 40 << 20
+"""Memory of obstore itself and of the pieces that are written at one moment, as measured on two cores."""
+UPLOAD_BYTES = WAITING_BYTES + (UPLOADS + 1) * PART + CLIENT_BYTES
+"""Memory of the upload of one shard: bytes that wait, parts in flight, and the client.
 
 Bytes that come out of order, as from engines with many threads for a moment, take up to `AHEAD_BYTES` more.
 """

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from nemotron_fp8.stores.listing import StoredFile
 
 
+UPLOAD_WAITS = (5.0, 30.0, 120.0)
+"""Seconds before a shard is made again whose upload broke; the client has retried its parts for minutes by then."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoreStaging(Staging):
     """Staging that uploads each shard to its place from the worker that makes it. Picklable.
@@ -38,6 +42,10 @@ class StoreStaging(Staging):
     digests: bool = True
     spill: Path | None = None
     transfers: TransferTracker | None = None
+
+    @property
+    def upload_waits(self) -> tuple[float, ...]:
+        return tuple(wait for wait in UPLOAD_WAITS if wait < self.client.policy.seconds)
 
     def reporting_to(self, transfers: TransferTracker) -> StoreStaging:
         return replace(self, client=self.client.with_options(on_wait=transfers.waits), transfers=transfers)

@@ -21,6 +21,7 @@ from nemotron_fp8.errors.cluster import (
     NodeVersionError,
     WorkerLostError,
 )
+from nemotron_fp8.events import emit
 from nemotron_fp8.planning.tasks import files_of_views
 from nemotron_fp8.progress import Transfer
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from nemotron_fp8.planning.receipt import ShardReceipt
 
 
-logger = logging.getLogger("nemotron_fp8")
 MAX_ATTEMPTS = 4
 """Maximum attempts at a shard; if every attempt loses its worker, the shard is assumed to be the cause."""
 POLL_SECONDS = 0.5
@@ -162,7 +162,8 @@ class RayPool:
             self._progress.lost(name)
             if attempt.number >= MAX_ATTEMPTS:
                 raise WorkerLostError(name, attempt.number, str(error)) from error
-            logger.warning("%s: the worker was lost, and the shard is restarted (%s)", name, error)
+            text = f"{name}: the worker was lost, and the shard is restarted ({error})"
+            emit("worker.lost", text, logging.WARNING, shard=name, error=str(error))
             left.appendleft((attempt.job, attempt.number + 1))
             return None
         if isinstance(made, NoDevice):
