@@ -1,4 +1,4 @@
-"""What a conversion would meet at its destination, for ``quantize --dry-run``: read, and nothing locked or written."""
+"""Preview of a destination for ``quantize --dry-run``: read, and nothing locked or written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is already at a destination, and how its recipe differs, in words."""
+"""Words for the contents of a destination, and for the difference of two recipes."""
 
 from __future__ import annotations
 
