@@ -114,7 +114,7 @@ class ResultSummary:
         source: name of the source, from the call or the model card, without its folder; None if unknown.
         model: architecture, or else type, of the model in its config; None if unknown.
         made: date of the manifest's file, ``YYYY-MM-DD`` (UTC), on which the result was written or copied; None without
-            a manifest.
+            a manifest, and for a result that is not local.
     """
 
     name: str
