@@ -16,6 +16,7 @@ from nemotron_fp8.errors.stores import ChangedObjectError
 from nemotron_fp8.sources.open import open_source, shards_of
 from nemotron_fp8.sources.read_ahead import SEGMENT
 from tests.stores.conversion import SOURCE, checkpoint, contents, seed
+from tests.support.nemo_writer import Sizes, hf_tensors, write_nemo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -211,3 +212,13 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (open_source, shards_of):
         with pytest.raises(MissingExtraError, match=r"pip install 'nemotron_fp8\[stores\]'"):
             call(SOURCE)
+
+
+def test_a_nemo_checkpoint(store: StoreServer, tmp_path: Path) -> None:
+    sizes = Sizes(layers=1)
+    write_nemo(tmp_path / "nemo", hf_tensors(sizes), sizes)
+    seed(store, tmp_path / "nemo", "nv/nemo")
+    quantize_repo(tmp_path / "nemo", tmp_path / "wanted", device="cpu")
+    quantize_repo("s3://bucket/nv/nemo", tmp_path / "result", device="cpu")
+    assert contents(tmp_path / "result") == contents(tmp_path / "wanted")
+    assert verify_repo("s3://bucket/nv/nemo", tmp_path / "result").ok
