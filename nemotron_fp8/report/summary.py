@@ -100,7 +100,7 @@ class ResultSummary:
     """The content of a report on one result.
 
     Attributes:
-        name: name of its folder.
+        name: name of its folder or repository, without the folders above, the owner and the revision.
         version: version of the library that made it; None without a manifest.
         asked: recipe in the manifest; empty without a manifest.
         layout: recipe that ``quantization_config`` describes; None if it is not one of this library.
@@ -213,7 +213,7 @@ def read_summary(
         figures = parse_figures(files.read(STATS))
     spoiled = {each.tensor for each in figures.nonfinite} if figures else ()
     return ResultSummary(
-        name=root.resolve().name if root else files.name,
+        name=root.resolve().name if root else short_name(files.name),
         version=manifest.version if manifest else None,
         asked=asked,
         layout=layout,

@@ -112,7 +112,7 @@ def test_the_command(
     before = contents(store)
     for arguments, message in (
         (["quantize", source, TARGET, "--overwrite"], "name a new folder"),
-        (["quantize", source, TARGET, "--granularity", "tensor"], "complete result of another conversion"),
+        (["quantize", source, TARGET, "--granularity", "tensor"], "complete result, of another conversion"),
         (["quantize", source, f"s3://nobucket/{PREFIX}"], "no bucket 'nobucket'"),
         (["card", TARGET, "--remove"], "object store"),
         (["quantize", "--in-place", TARGET], "object store"),

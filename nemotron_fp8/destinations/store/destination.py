@@ -201,7 +201,11 @@ class StoreDestination:
     def _refuse_files(self, files: Mapping[str, StoredFile]) -> None:
         """Raise OccupiedPrefixError if there are files."""
         if files:
-            kind = "holds a complete result of another conversion" if MANIFEST in files else "holds other files"
+            kind = (
+                "holds a complete result, of another conversion or of a run that has just finished"
+                if MANIFEST in files
+                else "holds other files"
+            )
             raise OccupiedPrefixError(self.label, f"{kind} ({listed(sorted(files))})")
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
