@@ -46,6 +46,10 @@ def _is_time(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
+def _is_percent(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100)
+
+
 def _is_function(value: object) -> bool:
     return value is None or callable(value)
 
@@ -61,6 +65,7 @@ ARGUMENTS: dict[str, tuple[Callable[[object], bool], str]] = {
     "first": (_is_path, "the path of a result"),
     "second": (_is_path, "the path of a result"),
     "amaxes_file": (_is_path, "the path of a file"),
+    "min_share": (_is_percent, "a number from 0 to 100, or None"),
     "threads": (_is_count, "a positive integer, or None for all available cores"),
     "progress": (_is_progress, "a function of one argument, True for a bar, or None"),
     "cluster": (_is_text, "the address of a Ray cluster ('auto', 'HOST:PORT' or 'ray://HOST:PORT'), or None"),

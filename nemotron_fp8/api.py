@@ -17,6 +17,7 @@ from nemotron_fp8.engines.devices import check_number_formats
 from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.events import logged
 from nemotron_fp8.planning.amaxes import as_amaxes
+from nemotron_fp8.planning.linear_share import check_share
 from nemotron_fp8.planning.quantize import make_plan
 from nemotron_fp8.planning.recipe import as_recipe
 from nemotron_fp8.progress import Progress
@@ -85,6 +86,7 @@ def plan_repo(
     shard_size: str | int | None = None,
     hub: HubOptions | None = None,
     amaxes: Amaxes | str | os.PathLike[str] | None = None,
+    min_share: float | None = None,
 ) -> Plan:
     """Plan a conversion, and write nothing.
 
@@ -98,6 +100,7 @@ def plan_repo(
         shard_size: bytes of tensors in a shard of the result, for a NeMo checkpoint; as in `quantize_repo`.
         hub: options for reading from the Hub.
         amaxes: amaxes of a calibration, or their file; as in `quantize_repo`.
+        min_share: as in `quantize_repo`.
 
     Returns:
         The plan: every tensor with its shard, dtype, sizes and reason, and the bytes of result and buffers.
@@ -109,9 +112,11 @@ def plan_repo(
         RecipeError: the recipe or another argument has an unsupported value.
         CalibrationError: the amaxes cannot be read, or do not fit the source.
     """
-    check_arguments(source=source, max_memory=max_memory, threads=threads, shard_size=shard_size)
+    check_arguments(source=source, max_memory=max_memory, threads=threads, shard_size=shard_size, min_share=min_share)
     wanted, measured = as_recipe(recipe), as_amaxes(amaxes)
-    return plan_source(open_source(source, shard_size, hub), wanted, max_memory, threads, measured)
+    plan = plan_source(open_source(source, shard_size, hub), wanted, max_memory, threads, measured)
+    check_share(plan.share, min_share)
+    return plan
 
 
 def plan_source(
@@ -148,6 +153,7 @@ def quantize_repo(
     cluster: str | None = None,
     base_model: str | None = None,
     amaxes: Amaxes | str | os.PathLike[str] | None = None,
+    min_share: float | None = None,
 ) -> Report:
     """Quantize a checkpoint into a folder or a repository on the Hub, or in place.
 
@@ -191,6 +197,9 @@ def quantize_repo(
             repository of the source, or for the name in the source's own card.
         amaxes: amaxes of a calibration (`calibrate_repo`), or their file, for the static scales of a recipe with
             activations ``static``, and for the scales of an FP8 KV cache.
+        min_share: least share of the bytes of the decoder's linear weights that becomes FP8, in percent (0 to 100): a
+            plan with less is refused before anything is written. Weights with NaN or Inf, which only the conversion
+            finds, are not counted out. None for any share.
 
     Returns:
         The report: tensors, bytes, seconds, memory, and notices.
@@ -208,6 +217,7 @@ def quantize_repo(
         ClusterError: the cluster cannot be reached or cannot run the conversion; the subclass names the cause.
     """
     check_arguments(source=source, threads=threads, shard_size=shard_size, cluster=cluster, base_model=base_model)
+    check_arguments(min_share=min_share)
     wanted, measured = as_recipe(recipe), as_amaxes(amaxes)
     if base_model is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model, re.ASCII):
         problem = (
@@ -219,7 +229,9 @@ def quantize_repo(
         if base_model is not None:
             inventory = replace(inventory, origin=base_model, commit=None)
         # In place, a shard is replaced while others still need its scales.
-        return make_plan(inventory, wanted, budget, cores, requantize=not in_place, amaxes=measured)
+        plan = make_plan(inventory, wanted, budget, cores, requantize=not in_place, amaxes=measured)
+        check_share(plan.share, min_share)
+        return plan
 
     if cluster is not None and (in_place or destination is None):
         raise RecipeError("a cluster needs a destination: a conversion in place runs on one machine only")
@@ -235,7 +247,7 @@ def quantize_repo(
     ):
         if not in_place:
             if destination is None:
-                raise RecipeError("no destination; name one, or convert in place (--in-place)")
+                raise RecipeError("no destination; name one, or convert in place with in_place=True (--in-place)")
             check_arguments(destination=destination)
             return _convert(source, destination, planner, workers, options, shard_size)
         if destination is not None or overwrite or shard_size is not None:

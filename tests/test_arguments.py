@@ -46,6 +46,7 @@ WRONG: dict[str, list[Any]] = {
     "max_memory": [None, True, "lots", 0, -1, [], float("nan")],
     "max_device_memory": [True, "lots", 0, -1, []],
     "shard_size": [True, "lots", 0, -1, []],
+    "min_share": ["x", -1, 100.5, True, [], float("nan")],
     "threads": ["x", "4", 0, -1, 1.5, True, []],
     "progress": [3, "x", []],
     "hub": ["hf://a/b", {}, {"revision": "main"}, 3, HubOptions],

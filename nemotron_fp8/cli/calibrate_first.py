@@ -22,6 +22,7 @@ from nemotron_fp8.errors import CalibrationError, SourceError
 from nemotron_fp8.inference.sample import MAX_TEXT_BYTES, MAX_TOKENS_BYTES
 from nemotron_fp8.inference.session import state_root
 from nemotron_fp8.planning.amaxes import Amaxes, read_amaxes
+from nemotron_fp8.planning.linear_share import check_share
 from nemotron_fp8.planning.stacked_experts import single_experts
 from nemotron_fp8.sources.open import open_source
 from nemotron_fp8.untrusted.regular_files import read_start
@@ -55,13 +56,14 @@ def calibrated(
     hub: HubOptions,
     quiet: bool,
     verbose: bool,
+    min_share: float | None = None,
 ) -> Iterator[Amaxes]:
     """Calibrate a source with a sample, and yield its amaxes; they are kept until the context ends without an error.
 
     The recipe is checked against the source before, since a calibration can take hours.
     """
     opened = open_source(source, shard_size, hub)
-    check_recipe(opened, recipe)
+    check_share(check_recipe(opened, recipe).share, min_share)
     kept = state_root(None, "calibrations") / FINISHED / f"{_key(opened, text, tokens, sequences, length)}.json"
     amaxes = None if restart else _kept(kept)
     if amaxes is not None and not quiet:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from nemotron_fp8._utils import plain_path, shell_word
+from nemotron_fp8._utils import listed, plain_path, shell_word
 from nemotron_fp8.cli.environment import (
     has_unknown,
     name_variables,
@@ -34,15 +34,34 @@ FOLDERS = ("DIR", "[DIR]", "DST", "[DST]", "DST...", "A", "B")
 """Names of values that a shell completes with files and folders, or with folders."""
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def nearest(word: str, words: Iterable[str], cutoff: float = CUTOFF) -> str:
     """Return a sentence that suggests the word most similar to a misspelled one; empty if no word is similar."""
-    found = get_close_matches(word.lower(), list(words), n=1, cutoff=CUTOFF)
+    found = get_close_matches(word.lower(), list(words), n=1, cutoff=cutoff)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def typed(ctx: click.Context, *names: str) -> bool:
     """Return True if one of the options is on the command line."""
     return any(ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in names)
+
+
+STDIN = "/dev/stdin"
+
+
+def refuse_dash(option: str, name: str | None) -> None:
+    """Refuse ``-`` as the name of a file to write: stdout has the text of the command.
+
+    Args:
+        option: the option with the name.
+        name: the name; None without one.
+
+    Raises:
+        UsageError: the name is ``-``.
+    """
+    if name == "-":
+        raise click.UsageError(
+            f"{option} needs the name of a file; for stdout, write {option} /dev/stdout with --quiet"
+        )
 
 
 def path_hint(words: Iterable[str]) -> str:
@@ -53,15 +72,39 @@ def path_hint(words: Iterable[str]) -> str:
     return ""
 
 
+def _other_commands(ctx: click.Context, option: str) -> str:
+    """Return which other commands have an option; empty if none has."""
+    group = ctx.find_root().command
+    others = group.commands.items() if isinstance(group, click.Group) else ()
+    found = [
+        name
+        for name, command in others
+        if any(option in param.opts for param in command.get_params(click.Context(command)))
+    ]
+    return f"; {option} is an option of {listed(found)}" if found else ""
+
+
 class Choice(click.Choice):  # type: ignore[type-arg]  # not generic before click 8.2
-    """A choice whose error names the nearest value."""
+    """A choice whose error names the nearest value.
+
+    Attributes:
+        cutoff: least similarity of the nearest value, from 0 to 1.
+    """
+
+    cutoff = CUTOFF
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            hint = nearest(str(value), map(str, self.choices))
+            hint = nearest(str(value), map(str, self.choices), self.cutoff)
             raise click.BadParameter(error.message + hint, error.ctx, error.param) from None
+
+
+class Shell(Choice):
+    """A choice of a shell. Their names are short and alike: csh is no misspelled zsh."""
+
+    cutoff = 0.7
 
 
 class Name(click.ParamType):  # type: ignore[type-arg]  # not generic in every version of click
@@ -116,9 +159,12 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            if hint := path_hint(words):
+            if hint := path_hint(words) or _other_commands(ctx, error.option_name):
                 raise click.UsageError(f"{error.format_message().removesuffix('.')}{hint}", ctx) from None
             raise
+        except click.BadParameter as error:
+            text = error.format_message().replace(": , ", ": ")  # click lists the empty word among those of a flag
+            raise click.UsageError(f"{text.removesuffix('.')}{origin_of(ctx, text)}", ctx) from None
         except click.UsageError as error:
             if origin := origin_of(ctx, error.format_message()):
                 raise click.UsageError(f"{error.format_message().removesuffix('.')}{origin}", ctx) from None
@@ -135,11 +181,12 @@ class Command(click.Command):
         except click.UsageError as error:
             if origin := origin_of(ctx, error.format_message()):
                 raise click.UsageError(f"{error.format_message().removesuffix('.')}{origin}", ctx) from None
+            error.ctx = error.ctx or ctx
             raise
         except NemotronFp8Error as error:
             arguments = error.arguments if isinstance(error, RecipeError) else ()
             # The fields of the error stay as they are.
-            if origin := origin_of(ctx, str(error), arguments):
+            if origin := origin_of(ctx, str(error), arguments) or _of_file(ctx, str(error)):
                 error.args = (f"{error}{origin}",)
             raise
 
@@ -188,7 +235,7 @@ def _choose_loudness(ctx: click.Context) -> None:
     if not (ctx.params.get("quiet") and ctx.params.get("verbose")):
         return
     if typed(ctx, "quiet") == typed(ctx, "verbose"):
-        raise click.UsageError("--quiet and --verbose exclude each other")
+        raise click.UsageError("--quiet and --verbose exclude each other", ctx)
     ctx.params["quiet" if typed(ctx, "verbose") else "verbose"] = False
 
 
@@ -218,7 +265,15 @@ class Commands(click.Group):
         if not args:
             click.echo(ctx.get_help(), err=True)
             ctx.exit(2)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name in ("-v", "-V"):
+                raise click.UsageError("No such option: -v; for the version use --version", ctx) from None
+            if others := _other_commands(ctx, error.option_name):
+                hint = f"{others}: write it after the command"
+                raise click.UsageError(f"{error.format_message().removesuffix('.')}{hint}", ctx) from None
+            raise
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -258,6 +313,17 @@ class Commands(click.Group):
         return found
 
 
+FILE = "nemotron_fp8.recipe_file"
+"""Key of ``ctx.meta`` with the recipe file, and the fields that it sets."""
+
+
+def _of_file(ctx: click.Context, message: str) -> str:
+    """Return the end of an error message: the patterns of a recipe file that it is about; empty if there are none."""
+    file, fields = ctx.meta.get(FILE, ("", ()))
+    names = [name for name in fields if f"--{name.replace('_', '-')} " in message]
+    return f" ({', '.join(names)} of {printable(file)[1:-1]})" if names else ""
+
+
 DERIVED = {
     "granularity": "best of the format",
     "format": "compressed-tensors",
@@ -295,11 +361,17 @@ class RecipeCommand(Command):
         if file is not None:
             from nemotron_fp8.planning.recipe_file import read_fields
 
-            stored = read_fields(file, Recipe)
+            stored = read_fields(STDIN if file == "-" else file, Recipe)
         given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
         values = {name: ctx.params.pop(name) for name in Recipe.model_fields}
         # A choice that is not made depends on the others: the recipe fills it in.
         chosen = {name: value for name, value in values.items() if ctx.get_parameter_source(name) in given}
+        if file is not None:
+            ctx.meta[FILE] = file, [name for name in stored if name not in chosen]
+            if not stored and not ctx.params.get("quiet"):
+                from nemotron_fp8.cli.output import note
+
+                note(f"note: {file} names no field of a recipe; every field has its default")
         try:
             ctx.params["recipe"] = Recipe(**{**stored, **chosen})
         except RecipeError as error:

@@ -19,7 +19,7 @@ _SECTIONS = {
     "Recipe": (
         *("recipe_file", "save_recipe", "granularity", "format", "activations", "scales", "scale_rounding"),
         *("scale_dtype", "kv_cache", "share_scales", "numerics", "nonfinite", "stats", "selection", "select"),
-        *("also_select", "force_select", "ignore", "dtype"),
+        *("also_select", "force_select", "ignore", "min_share", "dtype"),
     ),
     "Calibration": ("amaxes", "calibrate", "merge", "percentile", "factor"),
     "Sample of text": ("text", "tokens", "sequences", "length"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nemotron_fp8._version import __version__
-from nemotron_fp8.cli.commands import Choice, Commands, RecipeCommand, nearest, typed
+from nemotron_fp8.cli.commands import Choice, Commands, RecipeCommand, Shell, nearest, refuse_dash, typed
 from nemotron_fp8.cli.exit import run
 from nemotron_fp8.cli.options import (
     AMAXES,
@@ -26,6 +26,7 @@ from nemotron_fp8.cli.options import (
     JSON,
     LENGTH,
     MEMORY,
+    MIN_SHARE,
     NO_DIGESTS,
     ONE_DEVICE,
     OVERWRITE,
@@ -62,6 +63,7 @@ def cli() -> None:
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="[DST]", required=False)
 @RECIPE_FILE
+@MIN_SHARE
 @AMAXES
 @click.option(
     "--calibrate",
@@ -102,6 +104,7 @@ def quantize(
     source: str,
     destination: str | None,
     recipe: Recipe,
+    min_share: float | None,
     amaxes: str | None,
     calibrate: str | None,
     tokens: str | None,
@@ -152,6 +155,7 @@ def quantize(
             source,
             recipe,
             amaxes,
+            min_share=min_share,
             calibrates=calibrates,
             device=device,
             max_memory=max_memory,
@@ -194,6 +198,7 @@ def quantize(
                     hub=hub,
                     quiet=quiet,
                     verbose=verbose,
+                    min_share=min_share,
                 )
             )
         if not quiet:
@@ -217,6 +222,7 @@ def quantize(
                 base_model=base_model,
                 hub=hub,
                 amaxes=measured,
+                min_share=min_share,
             )
     show_report(report, as_json, quiet, line.seconds)
     if not (as_json or quiet):
@@ -351,6 +357,7 @@ def dequantize(
 @click.argument("source", metavar="SRC")
 @RECIPE_FILE
 @click.option("--save-recipe", metavar="FILE.yaml", help="Write all settings to a file that --recipe reads.")
+@MIN_SHARE
 @AMAXES
 @DEVICE
 @MEMORY
@@ -371,6 +378,7 @@ def plan(
     source: str,
     recipe: Recipe,
     save_recipe: str | None,
+    min_share: float | None,
     amaxes: str | None,
     device: str,
     max_memory: str,
@@ -394,6 +402,7 @@ def plan(
     estimated from a sample of SRC, read and quantized in memory. --evaluate adds the memory and the time of an
     evaluation, which runs SRC and its result layer by layer over a sample of text.
     """
+    refuse_dash("--save-recipe", save_recipe)
     if not evaluate and typed(ctx, "sequences", "length"):
         raise click.UsageError("--sequences and --length need --evaluate")
     from nemotron_fp8.cli.show_plan import plan_and_show
@@ -402,6 +411,7 @@ def plan(
         source,
         recipe,
         amaxes,
+        min_share=min_share,
         device=device,
         max_memory=max_memory,
         max_device_memory=max_device_memory,
@@ -513,6 +523,7 @@ def report(
     from nemotron_fp8.cli.show_report import check_outputs, show_results
     from nemotron_fp8.report.reports import report_repo
 
+    refuse_dash("--html", html)
     check_outputs(html, png)
     with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         found = report_repo(
@@ -550,6 +561,7 @@ def compare(
     from nemotron_fp8.cli.show_report import check_outputs, show_results
     from nemotron_fp8.report.reports import compare_repos
 
+    refuse_dash("--html", html)
     check_outputs(html, None)
     with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         found = compare_repos(first, second, source, max_memory, threads, progress=line.update)
@@ -622,6 +634,7 @@ def evaluate(
     from nemotron_fp8.cli.show_report import check_outputs
     from nemotron_fp8.evaluation.evaluate import evaluate_repo
 
+    refuse_dash("--html", html)
     check_outputs(html, None)
     with ProgressLine(sys.stderr, quiet=quiet, verbose=verbose) as line:
         evaluation = evaluate_repo(
@@ -841,7 +854,7 @@ def help_(ctx: click.Context, topic: str | None) -> None:
 
 
 @cli.command()
-@click.argument("shell", type=Choice(["bash", "zsh", "fish"]), metavar="SHELL")
+@click.argument("shell", type=Shell(["bash", "zsh", "fish"]), metavar="SHELL")
 def completion(shell: str) -> None:
     """Print the script that completes commands, options and their values in SHELL: bash, zsh or fish."""
     from nemotron_fp8.cli.completion import script_of

@@ -82,6 +82,12 @@ THREADS = click.option("--threads", type=click.IntRange(1), help="Worker threads
 AMAXES = click.option(
     "--amaxes", metavar="FILE", help="Amaxes of a calibration of SRC, for static scales and those of an FP8 KV cache."
 )
+MIN_SHARE = click.option(
+    "--min-share",
+    type=click.FloatRange(0, 100),
+    metavar="PERCENT",
+    help="Refuse to quantize if less of the bytes of the decoder's linear weights would become FP8.",
+)
 SEQUENCES = click.option(
     "--sequences", type=click.IntRange(1), metavar="N", help="Sequences of the sample.  [default: 16]"
 )

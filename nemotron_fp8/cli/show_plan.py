@@ -25,6 +25,7 @@ from nemotron_fp8.cli.show_needs import needs_json, show_needs
 from nemotron_fp8.errors import RecipeError, WriteError
 from nemotron_fp8.planning.engine_support import support_text
 from nemotron_fp8.planning.kv_cache import has_cache_scales
+from nemotron_fp8.planning.linear_share import check_share
 from nemotron_fp8.planning.recipe_file import is_unedited, read_fields
 from nemotron_fp8.untrusted import yaml_text
 from nemotron_fp8.untrusted.regular_files import read_start
@@ -55,6 +56,7 @@ def plan_and_show(
     hub: HubOptions,
     quiet: bool,
     as_json: bool,
+    min_share: float | None = None,
     calibrates: bool = False,
     estimate: bool = True,
     evaluation: tuple[int | None, int | None] | None = None,
@@ -77,6 +79,7 @@ def plan_and_show(
         hub: options for the Hub.
         quiet: print nothing but errors, and the object of ``as_json``.
         as_json: print one JSON object.
+        min_share: least share of the decoder's linear weights in percent; None for any.
         calibrates: True if a calibration would precede the conversion. The plan is then without scales of keys and
             values, whose number only the calibration shows.
         estimate: True to measure the speed of this machine.
@@ -106,6 +109,7 @@ def plan_and_show(
         made = check_recipe(opened, recipe, max_memory, threads)
     else:
         made = plan_source(opened, recipe, max_memory, threads, as_amaxes(amaxes))
+    check_share(made.share, min_share)
     found: list[str] = []
     if destination is not None and not calibrates:  # whose scales are not known
         from nemotron_fp8.cli.dry_run import findings_at

@@ -76,7 +76,7 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
             yield label, text
     yield from (("note", notice) for notice in status.notices)
     if status.advice:
-        yield "next", status.advice
+        yield "note" if status.state == "none" else "next", status.advice
 
 
 def _counts(status: Status) -> str:

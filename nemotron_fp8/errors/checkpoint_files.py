@@ -71,7 +71,8 @@ class SourceNotFoundError(SourceError, FileNotFoundError):
             if path.is_symlink():
                 return cls(str(path), f"a link to {printable(str(path.readlink()))}, which is missing")
             near = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1, SIMILARITY)
-        hint = f"did you mean {path.with_name(near[0])}?" if near else otherwise
+        # A name with a control character is shown escaped, and could look like the one that was passed.
+        hint = f"did you mean {path.with_name(near[0])}?" if near and near[0].isprintable() else otherwise
         return cls(str(path), f"no such {what}" + (f"; {hint}" if hint else ""))
 
 

@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from nemotron_fp8.checkpoint.inventory import Inventory
 
 
+NOT_NEMO = (
+    "the source is not a NeMo checkpoint: its tensors are copied as they are; to quantize them use quantize"
+    " (quantize_repo)"
+)
+
+
+def _has_own_shards(inventory: Inventory) -> bool:
+    """Return True for a checkpoint of Hugging Face, whose tensors are in files with the names of the result's."""
+    files = {extent.file for view in inventory.views for extent in view.extents}
+    return files <= {shard.name for shard in inventory.shards}
+
+
 def plan_convert(inventory: Inventory, budget: int, threads: int) -> Plan:
     """Plan a conversion in which every tensor keeps its dtype.
 
@@ -27,4 +39,7 @@ def plan_convert(inventory: Inventory, budget: int, threads: int) -> Plan:
     refuse_quantized(inventory)
     tensor_tasks = {view.name: TensorTask(view) for view in inventory.views}
     reasons = dict.fromkeys(tensor_tasks, "copied without quantization")
-    return assemble_plan(inventory, Recipe(), tensor_tasks, {}, reasons, (), budget, threads, (("task", "convert"),))
+    notices = (NOT_NEMO,) if _has_own_shards(inventory) else ()
+    return assemble_plan(
+        inventory, Recipe(), tensor_tasks, {}, reasons, notices, budget, threads, (("task", "convert"),)
+    )

@@ -8,6 +8,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from nemotron_fp8._utils import format_bytes
+from nemotron_fp8.errors import RecipeError
 from nemotron_fp8.planning.module_lists import NUMBER, core
 
 if TYPE_CHECKING:
@@ -115,6 +116,21 @@ def linear_share(tensors: Iterable[TensorPlan], options: Mapping[str, str]) -> L
             option += f" {option_for(t.name for t in stay)}"
         left.append(Left(reason, len(stay), sum(t.bytes_in for t in stay), names, in_decoder, option))
     return LinearShare(quantized, total, tuple(sorted(left, key=lambda each: (not each.in_decoder, -each.bytes))))
+
+
+def check_share(share: LinearShare, least: float | None) -> None:
+    """Refuse a plan in which too little of the decoder becomes FP8.
+
+    Args:
+        share: share of the plan.
+        least: least share of the bytes of linear weights, in percent; None for any.
+
+    Raises:
+        RecipeError: a smaller share becomes FP8, or the source has no linear weight of a decoder.
+    """
+    found = share.share
+    if least is not None and (found is None or found * 100 < least):
+        raise RecipeError(f"min_share (--min-share) is {least:g}%, but {share.text()}", ("min_share",))
 
 
 def kind_of(name: str) -> str:

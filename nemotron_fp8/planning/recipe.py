@@ -23,7 +23,7 @@ from nemotron_fp8.planning.layouts import (
     layouts,
 )
 from nemotron_fp8.planning.number_format import E8M0, Granularity, ScaleChoice
-from nemotron_fp8.planning.recipe_errors import invalid_fields, not_a_recipe
+from nemotron_fp8.planning.recipe_errors import by_name, invalid_fields, not_a_recipe
 from nemotron_fp8.planning.recipe_file import fields_text, read_fields, refused
 
 if TYPE_CHECKING:
@@ -139,7 +139,9 @@ class Recipe(BaseModel):
 
     if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
 
-        def __init__(self, /, **fields: Any) -> None:
+        def __init__(self, /, *values: Any, **fields: Any) -> None:
+            if values:
+                raise by_name(values[0], {name: choices_of(name) for name in type(self).model_fields})
             try:
                 super().__init__(**fields)
             except ValidationError as error:

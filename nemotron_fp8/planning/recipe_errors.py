@@ -60,14 +60,30 @@ def not_a_recipe(value: object, choices: Mapping[str, Collection[str]]) -> Recip
         value: the argument.
         choices: allowed values of each recipe field; empty for a flag or for free text.
     """
+    kind = "a class" if isinstance(value, type) else type(value).__name__
+    call = _example(value, choices)
+    return RecipeError(f"recipe is {shortened(value)} ({kind}); pass a Recipe, for example {call}", ("recipe",))
+
+
+def by_name(value: object, choices: Mapping[str, Collection[str]]) -> RecipeError:
+    """Return the error for a value that was passed to `Recipe` without the name of its field.
+
+    Args:
+        value: the first such value.
+        choices: as in `not_a_recipe`.
+    """
+    call = _example(value, choices)
+    return RecipeError(f"a recipe takes fields by their names, not {shortened(value)} alone; write {call}", ())
+
+
+def _example(value: object, choices: Mapping[str, Collection[str]]) -> str:
+    """Return a call that makes a recipe, of the value if it has one of its fields."""
     example: dict[str, Any] = {"granularity": "block"}
     if isinstance(value, dict) and value and set(value) <= set(choices):
         example = value
     elif isinstance(value, str):
         example = next(({name: value} for name, words in choices.items() if value in words), example)
-    call = f"Recipe({', '.join(f'{name}={shortened(each)}' for name, each in example.items())})"
-    kind = "a class" if isinstance(value, type) else type(value).__name__
-    return RecipeError(f"recipe is {shortened(value)} ({kind}); pass a Recipe, for example {call}", ("recipe",))
+    return f"Recipe({', '.join(f'{name}={shortened(each)}' for name, each in example.items())})"
 
 
 def _nearest(word: object, words: Collection[str]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemotron_fp8._version import __version__
 from nemotron_fp8.errors import RecipeError, SourceReadError, excerpt, printable
 from nemotron_fp8.untrusted import yaml_text
-from nemotron_fp8.untrusted.regular_files import read_start
+from nemotron_fp8.untrusted.regular_files import read_start_or_pipe
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -26,7 +26,7 @@ def read_fields(path: str | os.PathLike[str], model: type[BaseModel]) -> dict[st
     """Return the fields that a recipe file names, each checked by itself: others may still be overridden.
 
     Args:
-        path: the file.
+        path: the file, or a pipe.
         model: the class of the recipe.
 
     Raises:
@@ -34,7 +34,7 @@ def read_fields(path: str | os.PathLike[str], model: type[BaseModel]) -> dict[st
             is unsupported. The message names the file, the field, and the nearest name.
     """
     try:
-        data = read_start(Path(path), yaml_text.MAX_BYTES + 1)
+        data = read_start_or_pipe(Path(path), yaml_text.MAX_BYTES + 1)
     except (SourceReadError, ValueError) as error:  # a null byte in the name
         problem = error.problem if isinstance(error, SourceReadError) else str(error)
         raise refused(path, f"cannot be read: {problem}") from None
@@ -45,7 +45,10 @@ def read_fields(path: str | os.PathLike[str], model: type[BaseModel]) -> dict[st
             model(**{name: value})
         except RecipeError as error:
             if name not in model.model_fields or name in error.arguments:
-                raise refused(path, error.problem, error.arguments) from None
+                problem = (
+                    error.problem.replace(f"{name} is None", f"{name} is null") if value is None else error.problem
+                )
+                raise refused(path, problem, error.arguments) from None
     return fields
 
 

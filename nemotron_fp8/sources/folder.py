@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._filesystem import JOURNAL, OUT
 from nemotron_fp8.checkpoint.header import Header, read_header
 from nemotron_fp8.checkpoint.inventory import (
     ADAPTER_CONFIG,
@@ -59,6 +60,19 @@ SNAPSHOTS = "snapshots"
 """Folder of a model in the Hub cache, with one folder for each revision."""
 
 
+def refuse_working(root: Path) -> None:
+    """Refuse the working folder of a conversion.
+
+    Raises:
+        SourceNotFoundError: the folder is one.
+    """
+    if root.name.endswith(".partial") and os.path.lexists(root / JOURNAL) and os.path.lexists(root / OUT):
+        problem = (
+            "an unfinished conversion, not a checkpoint; run the same command again to resume it (status shows it)"
+        )
+        raise SourceNotFoundError(str(root), problem)
+
+
 def read_folder(root: Path, shard: str | None = None) -> Inventory:
     """Take the inventory of a local checkpoint folder.
 
@@ -79,6 +93,7 @@ def read_folder(root: Path, shard: str | None = None) -> Inventory:
         UnfinishedError: an in-place conversion of the folder is unfinished.
         SourceReadError: a file cannot be read.
     """
+    refuse_working(root)
     if not root.is_dir():
         if root.exists():
             raise SourceNotFoundError(str(root), "not a folder; pass a checkpoint folder")

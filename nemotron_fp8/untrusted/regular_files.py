@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,53 @@ def open_regular(path: Path) -> Iterator[int]:
         raise
     except OSError as error:
         raise SourceReadError(str(path), error.strerror or str(error)) from error
+
+
+PIPE_SECONDS = 30.0
+"""Seconds that a pipe may stay silent."""
+
+
+def read_start_or_pipe(path: Path, most: int) -> bytes:
+    """Return the first bytes of a regular file, at most ``most``, or those of a pipe up to its end.
+
+    A shell passes the output of a command as a pipe: ``--recipe <(command)``.
+
+    Raises:
+        SourceReadError: the file cannot be read; a pipe has no writer or no bytes, or is silent for `PIPE_SECONDS`.
+    """
+    try:
+        piped = stat.S_ISFIFO(path.stat().st_mode)
+    except OSError:
+        piped = False
+    if not piped:
+        return read_start(path, most)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            data = _piped(fd, most)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise SourceReadError(str(path), error.strerror or str(error)) from error
+    if not data:
+        raise SourceReadError(str(path), "a pipe without data")
+    return data
+
+
+def _piped(fd: int, most: int) -> bytes:
+    """Return the bytes of a pipe up to its end, at most ``most``."""
+    data = b""
+    while len(data) < most:
+        if not select.select([fd], [], [], PIPE_SECONDS)[0]:
+            raise OSError(errno.ETIMEDOUT, f"a pipe without data for {PIPE_SECONDS:.0f} s")
+        try:
+            part = os.read(fd, most - len(data))
+        except BlockingIOError:  # another reader was faster
+            continue
+        if not part:
+            break
+        data += part
+    return data
 
 
 def read_start(path: Path, most: int) -> bytes:

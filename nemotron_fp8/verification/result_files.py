@@ -15,7 +15,7 @@ from nemotron_fp8.documents.manifest import read_manifest
 from nemotron_fp8.errors import SourceNotFoundError, SourceReadError, UnfinishedError
 from nemotron_fp8.progress import ignore_progress
 from nemotron_fp8.sources.files import FolderOpener
-from nemotron_fp8.sources.folder import read_folder, read_shard_header
+from nemotron_fp8.sources.folder import read_folder, read_shard_header, refuse_working
 from nemotron_fp8.stores.address import is_store, local_path
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ def _open_folder(text: str) -> FolderFiles:
     if there:
         if os.path.lexists(root / MARKER):
             raise UnfinishedError(text)
+        refuse_working(root)
         return FolderFiles(root)
     if begun:
         raise SourceNotFoundError(text, "unfinished; rerun the conversion to resume it")

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from nemotron_fp8 import Recipe, plan_repo, quantize_repo
 from nemotron_fp8.cli.main import main
+from nemotron_fp8.errors import RecipeError
 from tests.support.checkpoints import read_tensors
 from tests.support.decoders import HIDDEN, INNER, Shapes, attention, decoder, ends, mlp, write
 
@@ -102,6 +104,24 @@ def test_the_offered_option_works_when_it_is_pasted(tmp_path: Path, command: Cal
     held = read_tensors(tmp_path / "D" / "model.safetensors")
     assert {f"{name}_scale" for name in odd} <= held.keys()
     assert command("verify source D").code == 0
+
+
+def test_a_least_share_refuses_a_plan_and_offers_the_option(tmp_path: Path, command: Callable[[str], Outcome]) -> None:
+    """By plan and quantize, on the command line and in Python; nothing is written."""
+    source = write(tmp_path / "source", {"model_type": "llama"}, decoder())
+    for verb in ("plan source", "quantize source D", "quantize source D --dry-run", "quantize source --in-place"):
+        done = command(f"{verb} --select o_proj --min-share 50")
+        assert (done.code, done.out) == (1, ""), verb
+        (line,) = done.err.splitlines()
+        assert line.startswith("error: min_share (--min-share) is 50%, but ")
+        assert "of the bytes of the decoder's linear weights become FP8; unquantized: " in line
+        assert "to take them: --also-select " in line
+    assert not (tmp_path / "D").exists()
+    with pytest.raises(RecipeError, match="min_share"):
+        quantize_repo(source, tmp_path / "D", Recipe(select=("o_proj",)), min_share=50)
+    option = shlex.split(line.partition("; to take them: ")[2].partition("'); ")[0] + "'")
+    assert plan_repo(source, Recipe(select=("o_proj",), also_select=(option[1],)), min_share=100).share.share == 1
+    assert command("quantize source D --min-share 100").code == 0
 
 
 GPT_OSS: Shapes = {

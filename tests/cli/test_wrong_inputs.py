@@ -83,6 +83,9 @@ def _world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "full" / "note.txt").write_text("mine")
     (root / "pickled" / "pytorch_model.bin").write_bytes(b"")
     (root / "file.txt").write_text("hello")
+    (root / "file.yaml").write_text("select: [nothing_like_it]")
+    (root / "cut.partial" / "out").mkdir(parents=True)
+    (root / "cut.partial" / "journal.jsonl").write_bytes(b"")
     return root
 
 
@@ -105,7 +108,7 @@ WRONG = [
     ("xyzzy", "'xyzzy'", "--help"),
     ("--versoin", "'--versoin'", "--version"),
     ("quantize good D --granularty block", "--granularty", "'--granularity'?"),
-    ("quantize good D --in-plce", "--in-plce", "'--in-place'?"),
+    ("quantize good D --in-plce", "--in-plce", "'--in-place'"),
     ("quantize good D --granularity chanel", "--granularity", "mean 'channel'?"),
     ("quantize good D --format compressed-tensor", "--format", "mean 'compressed-tensors'?"),
     ("quantize good D --numerics orignal", "--numerics", "mean 'original'?"),
@@ -186,6 +189,15 @@ WRONG = [
     ("report made --html none/report.html", "none/report.html", "create it first"),
     ("report made --html made/config.json", "made/config.json", "name another file"),
     ("compare made made --html none/report.html", "none/report.html", "create it first"),
+    ("quantize good D --save-recipe r.yaml", "--save-recipe", "an option of plan"),
+    ("-v", "-v", "for the version use --version"),
+    ("--json inspect good", "--json", "write it after the command"),
+    ("verify good made -q -v", "exclude each other", "see nemotron-fp8 verify --help"),
+    ("verify cut.partial", "an unfinished conversion", "run the same command again"),
+    ("report cut.partial", "an unfinished conversion", "run the same command again"),
+    ("inspect cut.partial", "an unfinished conversion", "run the same command again"),
+    ("quantize good D --recipe file.yaml", "'nothing_like_it'", "(select of file.yaml)"),
+    ("completion csh", "'csh'", "'fish' (see"),
     ("verify made good", "are source and destination swapped?", "nemotron-fp8 verify good made"),
     ("report good", "not a result", "to quantize it use quantize"),
     ("compare made good", "good: not a result", "inspect"),

@@ -329,3 +329,8 @@ def test_the_cache_of_keys_and_values_is_declared_where_engines_follow(combinati
     assert recipe_of(config) == Recipe(**combination)
     assert recipe.layout.describes(config | {"kv_cache_scheme": scheme}, recipe.scheme)
     assert not recipe.layout.describes(config | {"kv_cache_scheme": scheme | {"num_bits": 4}}, recipe.scheme)
+
+
+def test_a_value_without_the_name_of_its_field_is_one_error_with_an_example() -> None:
+    with pytest.raises(RecipeError, match=r"not 'block' alone; write Recipe\(granularity='block'\)"):
+        Recipe("block")  # type: ignore[call-arg]

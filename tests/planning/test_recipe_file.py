@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -87,7 +90,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "unknown value": ("granularity: blok\n", "granularity is 'blok', not 'tensor', 'channel', 'block' or 'mx'"),
     "nearest value": ("format: fp-8\n", "(did you mean 'fp8'?)"),
     "number": ("granularity: 128\n", "granularity is '128', not"),
-    "null": ("kv_cache:\n", "kv_cache is None, not 'none' or 'fp8'"),
+    "null": ("kv_cache:\n", "kv_cache is null, not 'none' or 'fp8'"),
     "list for a word": ("activations: [dynamic]\n", "activations is ['dynamic'], not 'dynamic'"),
     "text for a flag": ('stats: "true"\n', "stats is 'true', not true or false"),
     "null for a flag": ("stats: ~\n", "stats is null, not true or false"),
@@ -137,6 +140,32 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="not YAML"):
         Recipe.from_file(tmp_path / "bytes")
+
+
+def test_a_recipe_comes_from_a_pipe(tmp_path: Path, checkpoint: Path) -> None:
+    """As from ``--recipe <(command)`` and ``--recipe -``; names of files to write are no dashes."""
+    end, start = os.pipe()
+    words = ["quantize", str(checkpoint), str(tmp_path / "dst"), "--device", "cpu", "-q", "--recipe"]
+    with os.fdopen(start, "wb") as into, os.fdopen(end):
+        into.write(b"granularity: tensor\n")
+        into.flush()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "nemotron_fp8", *words, f"/dev/fd/{end}"], pass_fds=[end], stderr=subprocess.PIPE
+        )
+    assert child.communicate() == (None, b"")
+    assert child.returncode == 0
+    assert json.loads((tmp_path / "dst" / "nemotron_fp8.json").read_text())["recipe"]["granularity"] == "tensor"
+    again = subprocess.run(
+        [sys.executable, "-m", "nemotron_fp8", *words, "-"],
+        input=b"granularity: blok\n",
+        capture_output=True,
+        check=False,
+    )
+    assert b"granularity is 'blok'" in again.stderr
+    for command in (["plan", str(checkpoint), "--save-recipe", "-"], ["report", str(tmp_path / "dst"), "--html", "-"]):
+        done = CliRunner().invoke(cli, command)
+        assert done.exit_code == 2
+        assert "needs the name of a file; for stdout" in done.stderr
 
 
 def test_fields_that_contradict_those_of_a_file_name_it(tmp_path: Path, checkpoint: Path) -> None:

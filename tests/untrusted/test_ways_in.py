@@ -73,6 +73,7 @@ DOORS: Uses = {
     "untrusted/regular_files.py": {
         "os.open": "regular files only, without blocking",
         "os.pread": "up to a number of bytes",
+        "os.read": "a pipe, up to a number of bytes",
         ".readlink": "names a missing target in a message",
     },
     "untrusted/strict_json.py": {

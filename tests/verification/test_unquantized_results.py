@@ -45,6 +45,13 @@ def made(request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path) -> Sh
     return ShardMade(request.param, source, path)
 
 
+def test_a_copy_is_told_from_a_conversion(checkpoint: Path, tmp_path: Path) -> None:
+    """convert takes a checkpoint of Hugging Face too, and says that it quantizes nothing."""
+    (notice,) = convert_repo(checkpoint, tmp_path / "copy").notices
+    assert "not a NeMo checkpoint" in notice
+    assert "use quantize" in notice
+
+
 def flip(path: Path, name: str, byte: int) -> None:
     tensor = read_tensors(path)[name].clone()
     tensor.view(-1).view(torch.uint8)[byte] ^= 1
