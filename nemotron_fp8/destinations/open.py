@@ -149,9 +149,8 @@ def store_note(destination: str) -> str | None:
         return None
     from nemotron_fp8.destinations.store.sink import UPLOAD_BYTES
 
-    return (
-        f"shards are sent while they are made: no disk, and {format_bytes(UPLOAD_BYTES)} of memory for each at a time"
-    )
+    memory = f"up to {format_bytes(UPLOAD_BYTES)} of memory for each at a time"
+    return f"shards are sent while they are made: no disk, and {memory}"
 
 
 def repository_hint(destination: str) -> str | None:

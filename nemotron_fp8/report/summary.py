@@ -99,7 +99,7 @@ class ResultSummary:
     """The content of a report on one result.
 
     Attributes:
-        name: name of its folder.
+        name: name of its folder or repository, without the folders above, the owner and the revision.
         version: version of the library that made it; None without a manifest.
         asked: recipe in the manifest; empty without a manifest.
         layout: recipe that ``quantization_config`` describes; None if it is not one of this library.
@@ -114,7 +114,7 @@ class ResultSummary:
         source: name of the source, from the call or the model card, without its folder; None if unknown.
         model: architecture, or else type, of the model in its config; None if unknown.
         made: date of the manifest's file, ``YYYY-MM-DD`` (UTC), on which the result was written or copied; None without
-            a manifest.
+            a manifest, and for a result that is not local.
     """
 
     name: str
@@ -210,7 +210,7 @@ def read_summary(
         figures = parse_figures(files.read(STATS))
     spoiled = {each.tensor for each in figures.nonfinite} if figures else ()
     return ResultSummary(
-        name=root.resolve().name if root else files.name,
+        name=root.resolve().name if root else short_name(files.name),
         version=manifest.version if manifest else None,
         asked=asked,
         layout=layout,

@@ -107,7 +107,7 @@ class StoreContext:
 def classify(error: Exception, context: StoreContext) -> Retry | Exception:
     """Map a failure to `Retry` or to the error to raise.
 
-    Source: the names and texts of obstore 0.12 and object_store 0.12; the codes of the S3, GCS and Azure APIs.
+    Source: the names and texts of obstore 0.12 and object_store 0.14; the codes of the S3, GCS and Azure APIs.
     """
     if isinstance(error, (NemotronFp8Error, CanceledError, ExistsError, AbsentError)):
         return error

@@ -185,9 +185,9 @@ def test_a_complete_result_is_left_alone(store: StoreServer, source: Path) -> No
     assert convert(source).unchanged
     assert contents(store) == before
     assert not [request for request in store.log if request.method == "PUT"]
-    with pytest.raises(OccupiedPrefixError, match="a result of another conversion"):
+    with pytest.raises(OccupiedPrefixError, match="holds a result: of another conversion"):
         convert(source, recipe=BLOCKS)
-    with pytest.raises(OccupiedPrefixError, match="a result of another conversion"):
+    with pytest.raises(OccupiedPrefixError, match="holds a result: of another conversion"):
         convert(source, recipe=BLOCKS, restart=True)
     assert contents(store) == before
 
