@@ -114,7 +114,8 @@ def after_evaluate(source: str, results: Sequence[str], html: str | None) -> Non
         steps.append((_command("evaluate", source, *results, "--html", "page.html"), "a page"))
     one = results[0]
     if _is_local(one):
-        steps.append((f"{_command('evaluate', source, *results, '--json')} > evaluation.json", ""))
+        again = f"{_command('evaluate', source, *results, '--json')} > evaluation.json"
+        steps.append((again, "runs again, for the next line"))
         steps.append((_command("card", one, "--evaluation", "evaluation.json"), "into its model card"))
     if len(results) > 1 and all(map(_is_local, results[:2])):
         steps.append((_command("compare", *results[:2], "--source", source), ""))
