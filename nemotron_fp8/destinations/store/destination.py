@@ -219,7 +219,9 @@ class StoreDestination:
         if files:
             kind = "holds other files"
             if MANIFEST in files:
-                kind = "holds a result: of another conversion, of a run that has just finished, or with files that changed"
+                kind = (
+                    "holds a result: of another conversion, of a run that has just finished, or with files that changed"
+                )
             raise OccupiedPrefixError(self.label, f"{kind} ({listed(sorted(files))})")
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
