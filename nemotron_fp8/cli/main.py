@@ -160,6 +160,8 @@ def quantize(
             shard_size=shard_size,
             hub=hub,
             destination=destination,
+            overwrite=overwrite,
+            restart=restart,
             quiet=quiet,
             as_json=as_json,
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.destinations.comparison import ComparingDestination
+from nemotron_fp8.destinations.differences import contents_of
 from nemotron_fp8.destinations.folder import FolderDestination, is_occupied, refuse_overlap
 from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.render import planned_sizes
@@ -105,7 +106,7 @@ def refuse_occupied(source: str | os.PathLike[str], destination: object, overwri
     if Path(source).exists():
         refuse_overlap(Path(source), path)
     if is_occupied(path) and not (path.is_dir() and (overwrite or (path / MANIFEST).exists())):
-        raise DestinationExistsError(str(path), "already holds other files" if path.is_dir() else "is a file")
+        raise DestinationExistsError(str(path), contents_of(path))
 
 
 def folder_in_place(source: str | os.PathLike[str]) -> Path:

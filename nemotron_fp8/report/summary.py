@@ -17,6 +17,7 @@ from nemotron_fp8.checkpoint.inventory import MANIFEST, STATS, is_plain_name
 from nemotron_fp8.checkpoint.stated_quantization import last_name
 from nemotron_fp8.documents.front_matter import split_card
 from nemotron_fp8.documents.stats_json import Figures, parse_figures
+from nemotron_fp8.errors.tensors import NoResultError
 from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.layouts import execution_scales, quantized_dtypes
 from nemotron_fp8.planning.layouts.base import Output
@@ -188,6 +189,8 @@ def read_summary(
     views = {view.name: view for view in inventory.views}
     dtypes = quantized_dtypes(quantization)
     weights = [view for view in inventory.views if view.dtype in dtypes]
+    if manifest is None and quantization is None and not weights:
+        raise NoResultError(os.fspath(destination), len(inventory.views))
     asked = manifest.recipe if manifest else {}
     weight_format = (layout or recipe_without_patterns(None, asked)).weight_format
     wanted = {weight_format.scale_of(view): view.name for view in weights}

@@ -149,7 +149,7 @@ def test_a_quantization_says_what_may_follow(checkpoint: Path, tmp_path: Path) -
         f"nemotron-fp8 verify {checkpoint} {quoted}",
         f"vllm serve {quoted}",
         f"python -m sglang.launch_server --model-path {quoted}",
-        f"AutoModelForCausalLM.from_pretrained({str(destination)!r})",
+        f"# in Python: AutoModelForCausalLM.from_pretrained({str(destination)!r})",
         f"nemotron-fp8 evaluate {checkpoint} {quoted}",
     ]
     verified = run(*shlex.split(steps(done.stderr)[0])[1:])
