@@ -15,9 +15,11 @@ from nemotron_fp8.destinations.folder import FolderDestination, is_occupied, ref
 from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.errors import DestinationExistsError, OverlapError, RecipeError
+from nemotron_fp8.errors.stores import StoreAddressError
 from nemotron_fp8.hub.address import is_address, may_be_address, parse_address, parse_target
 from nemotron_fp8.stores.address import is_store, local_path, parse_store
 from nemotron_fp8.stores.connection import require_obstore
+from nemotron_fp8.stores.listing import RECORDS
 
 if TYPE_CHECKING:
     from nemotron_fp8.destinations.base import Destination, RunOptions
@@ -68,6 +70,8 @@ def _open_store(text: str, options: RunOptions) -> StoreFolder:
             " readers would see a mixture: name a new folder"
         )
     address = parse_store(text)
+    if RECORDS in address.prefix.split("/"):
+        raise StoreAddressError(str(address), f"{RECORDS} holds the records of conversions; name another folder")
     require_obstore()
     return StoreFolder(address, options)
 

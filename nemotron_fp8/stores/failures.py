@@ -136,9 +136,9 @@ def _by_name(kind: str, code: str, text: str, context: StoreContext) -> Exceptio
     if code == "NoSuchUpload":
         return StoreUploadError(context.store, context.file or "a file", "its upload was removed")
     if kind == "FileNotFoundError" or code in ("NoSuchKey", "BlobNotFound"):
-        if context.writes or context.file is None:
+        if context.file is None:
             return MissingBucketError(context.store, context.bucket)
-        return AbsentError()
+        return ExistsError() if context.writes else AbsentError()
     if kind == "AlreadyExistsError":
         return ExistsError()
     if kind == "PreconditionError":
