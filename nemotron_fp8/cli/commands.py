@@ -162,12 +162,10 @@ class Command(click.Command):
             if hint := path_hint(words) or _other_commands(ctx, error.option_name):
                 raise click.UsageError(f"{error.format_message().removesuffix('.')}{hint}", ctx) from None
             raise
-        except click.BadParameter as error:
-            text = error.format_message().replace(": , ", ": ")  # click lists the empty word among those of a flag
-            raise click.UsageError(f"{text.removesuffix('.')}{origin_of(ctx, text)}", ctx) from None
         except click.UsageError as error:
-            if origin := origin_of(ctx, error.format_message()):
-                raise click.UsageError(f"{error.format_message().removesuffix('.')}{origin}", ctx) from None
+            text = error.format_message().replace("values: , ", "values: ")  # click lists the empty word for a flag
+            if origin := origin_of(ctx, text):
+                raise click.UsageError(f"{text.removesuffix('.')}{origin}", ctx) from None
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
