@@ -5,6 +5,7 @@ Heavy modules are imported on first use: ``import nemotron_fp8`` does not import
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from nemotron_fp8.status import status_of
     from nemotron_fp8.verification.verify import Verification, verify_repo
 
+# torch warns once, when it is imported, if there is no NumPy. This package needs none.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 _HOMES = {
     "Amaxes": "planning.amaxes",

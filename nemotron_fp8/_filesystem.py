@@ -119,6 +119,35 @@ def names_in(path: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(path))
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; a pipe or a device gets the bytes as they are.
+
+    Raises:
+        OSError: the file cannot be written, or is a pipe without a reader. A file of this name is unchanged.
+    """
+    if path.exists() and not path.is_file():
+        try:  # opening a pipe without a reader would wait for one
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                raise OSError(errno.ENXIO, "a pipe that nothing reads, or a socket; name a file", str(path)) from None
+            raise
+        with os.fdopen(fd, "wb", buffering=0) as stream:
+            os.set_blocking(fd, True)
+            left = memoryview(data)
+            while left:
+                left = left[stream.write(left) or 0 :]
+        return
+    whole = path.resolve()
+    temporary = whole.with_name(temporary_name())
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(whole)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def sync_folder(path: Path) -> None:
     """Sync a folder, so that the names in it are durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

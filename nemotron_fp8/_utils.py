@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
@@ -156,6 +158,29 @@ def usable_cores() -> int:
 def visible(text: str) -> str:
     """Return text with control characters and marks of direction escaped: names come from untrusted files."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shell_word(word: str, encoding: str = "utf-8") -> str:
+    """Quote a word for a shell, so that it can be copied from a terminal.
+
+    A word that the terminal cannot show as it is, like one with a line break, is quoted as ``$'...'`` with the octal
+    numbers of its bytes, which bash, zsh and ksh read.
+
+    Args:
+        word: the word.
+        encoding: encoding of the terminal.
+    """
+    if word.isprintable():
+        with suppress(UnicodeError, LookupError):
+            word.encode(encoding)
+            return shlex.quote(word)
+    shown = (chr(b) if 32 <= b < 127 and chr(b) not in "\\'" else f"\\{b:03o}" for b in os.fsencode(word))
+    return f"$'{''.join(shown)}'"
+
+
+def plain_path(name: str) -> str:
+    """Return a path that does not begin with a dash, so that commands do not take it for an option."""
+    return f".{os.sep}{name}" if name.startswith("-") else name
 
 
 HUB = "hf://"

@@ -56,7 +56,8 @@ def inspect_repo(path: str | os.PathLike[str], hub: HubOptions | None = None) ->
     """List the files and the tensors of a checkpoint, from headers alone.
 
     Args:
-        path: a checkpoint folder, a ``.safetensors`` file, or a repository on the Hub (``hf://owner/name``).
+        path: a checkpoint folder, a ``.safetensors`` file, a repository on the Hub (``hf://owner/name``), or a folder
+            of an object store.
         hub: options for reading from the Hub.
 
     Returns:
@@ -65,6 +66,7 @@ def inspect_repo(path: str | os.PathLike[str], hub: HubOptions | None = None) ->
     Raises:
         SourceError: the checkpoint cannot be read; the subclass names the cause.
         HubError, AddressError: the Hub rejects a request or cannot be reached, or the address is malformed.
+        StoreError, StoreAddressError: the same of an object store.
         RecipeError: an argument has an unsupported value.
     """
     from nemotron_fp8.hub.options import as_hub_options

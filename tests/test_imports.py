@@ -111,6 +111,26 @@ assert verify_repo(*sys.argv[1:]).ok
     assert "triton" not in found
 
 
+def test_python_says_nothing_without_numpy(checkpoint: Path, destination: Path) -> None:
+    """The library needs no NumPy; torch, imported by it, would warn about its absence."""
+    code = """
+import sys
+sys.modules["numpy"] = None  # as if it were not installed
+import nemotron_fp8
+nemotron_fp8.quantize_repo(*sys.argv[1:], device="cpu")
+assert nemotron_fp8.verify_repo(*sys.argv[1:]).ok
+assert "torch" in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoint), str(destination)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_public_names() -> None:
     """The promised names are listed, and every listed name is available."""
     promised = {"quantize_repo", "plan_repo", "verify_repo", "Recipe", "NemotronFp8Error"}

@@ -178,6 +178,9 @@ def quantize_many(
     Returns:
         ``(q, scale)`` of each tensor, as from `quantize`; ``q`` is the tensor of ``out`` if given.
 
+    No output is written before the checks. `MultiplierOverflowError` depends on the values: it can come after outputs
+    of other tensors have been written.
+
     Raises:
         UnsupportedDtypeError, ShapeError, NumericsError, RoundingError, LayoutError: as for `quantize`.
         MultiplierOverflowError, DeviceNotSupportedError: as for `quantize`.
@@ -186,9 +189,6 @@ def quantize_many(
         SharedScaleError: groups overlap, are empty, or contain an index out of range.
         DeviceError: the tensors, or a tensor and its output, are on different devices.
         OutputsError: ``out`` has another length than ``tensors``, or its memory overlaps.
-
-        No output is written before these checks. `MultiplierOverflowError` depends on the values: it can come after
-        outputs of other tensors have been written.
     """
     device = tensors[0].device.type if len(tensors) else "cpu"
     if device == "cuda":

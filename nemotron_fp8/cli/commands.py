@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from nemotron_fp8._process import command as running
 from nemotron_fp8._secrets import masked
+from nemotron_fp8._utils import plain_path, shell_word
 from nemotron_fp8.cli.environment import (
     has_unknown,
     name_variables,
@@ -44,6 +45,14 @@ def nearest(word: str, words: Iterable[str]) -> str:
 def typed(ctx: click.Context, *names: str) -> bool:
     """Return True if one of the options is on the command line."""
     return any(ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in names)
+
+
+def path_hint(words: Iterable[str]) -> str:
+    """Return how to write a path that was taken for an option; empty if no word looks like one."""
+    for word in words:
+        if re.match(r"-[^-]..", word) or (word.startswith("-") and os.path.lexists(word)):
+            return f"; a path that begins with - needs ./ before it: {shell_word(plain_path(word))}"
+    return ""
 
 
 class Choice(click.Choice):  # type: ignore[type-arg]  # not generic before click 8.2
@@ -105,8 +114,13 @@ class Command(click.Command):
                 param.type = Name("file" if param.metavar in FILES else "dir")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)  # click consumes them
         try:
             return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if hint := path_hint(words):
+                raise click.UsageError(f"{error.format_message().removesuffix('.')}{hint}", ctx) from None
+            raise
         except click.UsageError as error:
             if origin := origin_of(ctx, error.format_message()):
                 raise click.UsageError(f"{error.format_message().removesuffix('.')}{origin}", ctx) from None

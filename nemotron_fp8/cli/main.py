@@ -160,6 +160,8 @@ def quantize(
             shard_size=shard_size,
             hub=hub,
             destination=destination,
+            overwrite=overwrite,
+            restart=restart,
             quiet=quiet,
             as_json=as_json,
         )
@@ -789,9 +791,9 @@ def card(destination: str, evaluation: str | None, result: str | None, remove: b
 def status(destination: str, hub: HubOptions, as_json: bool) -> None:
     """Show what a conversion into DST has done, how fast, what is left, and which process runs it.
 
-    DST is a folder, the folder of a conversion in place, a repository on the Hub (hf://owner/name), or the folder of
-    the saved state of an evaluation or a calibration (--state-dir). Nothing is locked or written, so that a running
-    conversion is not disturbed.
+    DST is a folder, the folder of a conversion in place, a repository on the Hub (hf://owner/name), a folder of an
+    object store (s3://bucket/folder), or the folder of the saved state of an evaluation or a calibration (--state-dir).
+    Nothing is locked or written, so that a running conversion is not disturbed.
     """
     from nemotron_fp8.cli.status import show_status
     from nemotron_fp8.status import status_of

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8._utils import visible
+from nemotron_fp8._utils import plain_path, shell_word, visible
 from nemotron_fp8.checkpoint.inventory import CONFIG, load_config
 from nemotron_fp8.checkpoint.local_files import read_small
 from nemotron_fp8.cli.streams import write_error
@@ -33,7 +33,7 @@ def after_quantize(source: str, destination: str | None, recipe: Recipe, report:
         recipe: settings of the quantization.
         report: report of the conversion.
     """
-    result = source if destination is None else destination
+    source, result = plain_path(source), plain_path(source if destination is None else destination)
     if report.destination.startswith(HUB):  # with the branch or the pull request
         result = report.destination
     names = [result] if destination is None else [source, result]  # the source of a conversion in place is gone
@@ -59,24 +59,25 @@ def _serving(result: str, readers: dict[str, str], options: str = "") -> list[tu
     config = _config_of(result)
     own_code = bool(config.get("auto_map"))  # code that engines run only if told to
     trust = " --trust-remote-code" * own_code
-    at = f" --revision {shlex.quote(revision)}" * bool(revision)
+    at = f" --revision {_word(revision)}" * bool(revision)
     steps = []
     if "vLLM" in readers:
-        steps.append((f"vllm serve {shlex.quote(name)}{at}{options}{trust}", readers["vLLM"]))
+        steps.append((f"vllm serve {_word(name)}{at}{options}{trust}", readers["vLLM"]))
     if "SGLang" in readers:
         steps.append(
-            (f"python -m sglang.launch_server --model-path {shlex.quote(name)}{at}{options}{trust}", readers["SGLang"])
+            (f"python -m sglang.launch_server --model-path {_word(name)}{at}{options}{trust}", readers["SGLang"])
         )
     if "transformers" in readers:
         more = f", revision={revision!r}" * bool(revision) + ", trust_remote_code=True" * own_code
         generates = "ForCausalLM" in str(config.get("architectures", "ForCausalLM"))
         auto = "AutoModelForCausalLM" if generates else "AutoModel"
-        steps.append((f"{auto}.from_pretrained({name!r}{more})", "transformers"))
+        steps.append((f"# in Python: {auto}.from_pretrained({name!r}{more})", ""))
     return steps
 
 
 def after_demo(source: str, result: str) -> None:
     """Print what may follow the demo: the same by one's own hand, figures, another layout."""
+    source, result = plain_path(source), plain_path(result)
     _print(
         [
             (_command("plan", source), "the decision for every tensor"),
@@ -89,8 +90,10 @@ def after_demo(source: str, result: str) -> None:
 
 def after_verify(source: str | None, result: str, verification: Verification) -> None:
     """Print what may follow a verification: serve with the engines for which the result is proved, report, evaluate."""
+    result = plain_path(result)
     steps = _serving(result, dict.fromkeys(verification.engines, ""))
     if source is not None and verification.tensors:
+        source = plain_path(source)
         steps.append((_command("report", result, "--source", source, "--html", "report.html"), "a page"))
         steps.append((_command("evaluate", source, result), "what it cost; needs the extra [evaluate]"))
     _print(steps)
@@ -98,23 +101,27 @@ def after_verify(source: str | None, result: str, verification: Verification) ->
 
 def after_convert(source: str, result: str) -> None:
     """Print what may follow a conversion from NeMo."""
+    source, result = plain_path(source), plain_path(result)
     _print([(_command("verify", source, result), ""), (_command("quantize", result, "FP8"), "")])
 
 
 def after_dequantize(source: str, result: str) -> None:
     """Print what may follow a dequantization."""
+    source, result = plain_path(source), plain_path(result)
     steps = _serving(result, dict.fromkeys(("vLLM", "transformers"), ""))
     _print([(_command("verify", source, result), ""), *steps])
 
 
 def after_evaluate(source: str, results: Sequence[str], html: str | None) -> None:
     """Print what may follow an evaluation: its page, its place in a model card, a comparison of two results."""
+    source, results = plain_path(source), [plain_path(each) for each in results]
     steps = []
     if html is None:
         steps.append((_command("evaluate", source, *results, "--html", "page.html"), "a page"))
     one = results[0]
     if _is_local(one):
-        steps.append((f"{_command('evaluate', source, *results, '--json')} > evaluation.json", ""))
+        again = f"{_command('evaluate', source, *results, '--json')} > evaluation.json"
+        steps.append((again, "runs again, for the next line"))
         steps.append((_command("card", one, "--evaluation", "evaluation.json"), "into its model card"))
     if len(results) > 1 and all(map(_is_local, results[:2])):
         steps.append((_command("compare", *results[:2], "--source", source), ""))
@@ -124,11 +131,17 @@ def after_evaluate(source: str, results: Sequence[str], html: str | None) -> Non
 def after_calibrate(source: str, file: str, amaxes: Amaxes) -> None:
     """Print what may follow a calibration: the quantization that takes its amaxes."""
     cache = ("--kv-cache", "fp8") if amaxes.k else ()
-    _print([(_command("quantize", source, "DST", "--activations", "static", "--amaxes", file, *cache), "")])
+    words = ("quantize", plain_path(source), "DST", "--activations", "static", "--amaxes", plain_path(file), *cache)
+    _print([(_command(*words), "")])
+
+
+def _word(word: str) -> str:
+    """Quote a word for a shell, as the terminal can show it."""
+    return shell_word(word, sys.stderr.encoding or "utf-8")
 
 
 def _command(*words: str) -> str:
-    return shlex.join(["nemotron-fp8", *words])
+    return " ".join(["nemotron-fp8", *map(_word, words)])
 
 
 def _print(steps: Sequence[tuple[str, str]]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from nemotron_fp8._filesystem import temporary_name
+from nemotron_fp8._filesystem import write_whole
 from nemotron_fp8._utils import format_bytes, visible
 from nemotron_fp8.cli.progress_line import columns_of
 from nemotron_fp8.cli.streams import write_error
@@ -292,17 +292,7 @@ def write_page(path: str, text: str) -> str:
     data = text.encode("utf-8", "backslashreplace")
     target = Path(path)
     try:
-        if target.exists() and not target.is_file():  # a pipe or a terminal
-            target.write_bytes(data)
-            return path
-        whole = target.resolve()
-        temporary = whole.with_name(temporary_name())
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(whole)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(target, data)
     except OSError as error:
         raise WriteError(path, error.strerror or str(error), error.errno) from error
     return path

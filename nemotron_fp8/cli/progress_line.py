@@ -84,6 +84,7 @@ class ProgressLine:
         self._waiting = ""
         self._history: deque[tuple[float, int]] = deque()
         self._stage: Progress | None = None
+        self._before = (0, 0.0)
         self._messages = _Messages(self._note, logging.INFO if self._verbose else logging.WARNING)
         self._level = logging.NOTSET
 
@@ -137,20 +138,23 @@ class ProgressLine:
             if not new and (stage is None or progress.done >= stage.done):
                 self._stage = progress
         if new:
-            self._finish_stage()
-            with self._lock:
-                self._stage = progress
+            self._finish_stage(progress)
         if waits:
             self._note(f"retrying in {progress.waiting}")
 
-    def _finish_stage(self) -> None:
+    def _finish_stage(self, following: Progress | None = None) -> None:
         """Print the bytes, the time and the speed of the last stage, if it has a name."""
         with self._lock:
-            stage, self._stage = self._stage, None
+            stage, self._stage = self._stage, following
+            (done, seconds), self._before = self._before, (0, 0.0)
+            # The counts of an evaluation do not restart.
+            if stage and following and following.done >= stage.done and following.seconds >= stage.seconds:
+                self._before = stage.done, stage.seconds
         if stage is not None and stage.stage and stage.total:
-            size = stage.source_bytes * stage.done / stage.total
-            speed = f", {format_bytes(size / stage.seconds)}/s" if stage.seconds else ""
-            self._note(f"{stage.stage}: {format_bytes(size)} in {stage.seconds:.2f} s{speed}")
+            size = stage.source_bytes * (stage.done - done) / stage.total
+            took = stage.seconds - seconds
+            speed = f", {format_bytes(size / took)}/s" if took > 0 else ""
+            self._note(f"{stage.stage}: {format_bytes(size)} in {took:.2f} s{speed}")
 
     def _note(self, text: str) -> None:
         """Print a note on a separate line."""

@@ -25,7 +25,9 @@ from nemotron_fp8.cli.show_needs import needs_json, show_needs
 from nemotron_fp8.errors import RecipeError, WriteError
 from nemotron_fp8.planning.engine_support import support_text
 from nemotron_fp8.planning.kv_cache import has_cache_scales
-from nemotron_fp8.planning.recipe_file import read_fields
+from nemotron_fp8.planning.recipe_file import is_unedited, read_fields
+from nemotron_fp8.untrusted import yaml_text
+from nemotron_fp8.untrusted.regular_files import read_start
 
 if TYPE_CHECKING:
     from nemotron_fp8.cli.show_needs import PredictedNeeds
@@ -58,6 +60,8 @@ def plan_and_show(
     evaluation: tuple[int | None, int | None] | None = None,
     save_recipe: str | None = None,
     destination: str | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
 ) -> None:
     """Plan a conversion and print the plan, for ``plan`` and ``quantize --dry-run``.
 
@@ -79,9 +83,11 @@ def plan_and_show(
         evaluation: sequences and length of an evaluation whose needs are shown; None without one.
         save_recipe: file to write the recipe to.
         destination: destination of the conversion; None if it is not known.
+        overwrite, restart: options of the conversion.
 
     Raises:
         WriteError: the recipe cannot be written; nothing is printed then.
+        DestinationExistsError, OverlapError: the conversion would refuse the destination.
     """
     from nemotron_fp8.api import plan_source
     from nemotron_fp8.cli.show_needs import predicted_needs
@@ -89,6 +95,10 @@ def plan_and_show(
     from nemotron_fp8.planning.amaxes import as_amaxes
     from nemotron_fp8.sources.open import open_source
 
+    if destination is not None:
+        from nemotron_fp8.destinations.open import refuse_occupied
+
+        refuse_occupied(source, destination, overwrite)
     opened = open_source(source, shard_size, hub)
     if calibrates:
         from nemotron_fp8.cli.calibrate_first import check_recipe
@@ -96,6 +106,11 @@ def plan_and_show(
         made = check_recipe(opened, recipe, max_memory, threads)
     else:
         made = plan_source(opened, recipe, max_memory, threads, as_amaxes(amaxes))
+    found: list[str] = []
+    if destination is not None and not calibrates:  # whose scales are not known
+        from nemotron_fp8.cli.dry_run import findings_at
+
+        found = findings_at(destination, opened, made, hub, overwrite=overwrite, restart=restart)
     needs = needs_of(made, opened, device, max_memory, max_device_memory, threads, estimate and not quiet)
     predicted = None
     if evaluation is not None:
@@ -103,21 +118,27 @@ def plan_and_show(
     if save_recipe is not None:
         write_recipe(save_recipe, recipe)
     show_plan(made, needs, predicted, as_json, quiet, destination)
+    for each in found * (not quiet):
+        note(f"note: {each}")
     if save_recipe is not None and not quiet:
         note(f"note: {save_recipe} written")
 
 
 def write_recipe(path: str, recipe: Recipe) -> None:
-    """Write a recipe file, whole or not at all. Another recipe file is replaced.
+    """Write a recipe file, whole or not at all. Another recipe file is replaced as long as nobody has edited it.
 
     Raises:
-        WriteError: the file cannot be written, or is no recipe.
+        WriteError: the file cannot be written, is no recipe, or was edited.
     """
     if Path(path).is_file():
         try:
-            read_fields(path, type(recipe))
+            fields = read_fields(path, type(recipe))
+            there = type(recipe)(**fields)
         except RecipeError:
             raise WriteError(path, "exists and is not a recipe; name another file", errno.EEXIST) from None
+        if not is_unedited(read_start(Path(path), yaml_text.MAX_BYTES), there):
+            problem = "exists and was edited, or is of another version; name another file, or remove this one first"
+            raise WriteError(path, problem, errno.EEXIST)
     elif Path(path).is_dir():
         raise WriteError(path, "is a folder; name a file", errno.EISDIR)
     write_page(path, recipe.to_yaml())

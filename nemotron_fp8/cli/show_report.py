@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from nemotron_fp8.report.summary import ResultSummary
 
 
+TO_MEASURE = "name the source with --source, or quantize with --stats"
+
+
 def show_results(
     report: ResultReport | ResultComparison, html: str | None, png: str | None, as_json: bool, quiet: bool = False
 ) -> None:
@@ -56,6 +59,9 @@ def show_results(
     print_table([("", *(result.name for result in report.results)), *rows_of(report.results)])
     if isinstance(report, ResultComparison):
         _show_differences(report)
+        missing = [result.name for result in report.results if result.figures is None]
+        if missing:
+            note(f"note: errors (SQNR) of {' and '.join(missing)} were not measured; {TO_MEASURE}")
         return
     _show_one(report.summary)
     if report.evaluation is not None:
@@ -106,7 +112,7 @@ def _show_one(result: ResultSummary) -> None:
         put()
         say("compared with its source: every weight matches")
     if result.figures is None:
-        note("note: errors were not measured; quantize with --stats, or name the source with --source")
+        note(f"note: errors were not measured; {TO_MEASURE}")
 
 
 def _show_differences(comparison: ResultComparison) -> None:

@@ -33,6 +33,7 @@ from nemotron_fp8._filesystem import (
 )
 from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.checkpoint.local_files import FileDigest, check_files
+from nemotron_fp8.destinations.differences import contents_of
 from nemotron_fp8.destinations.file_sink import commit_file, write_file
 from nemotron_fp8.destinations.folder_staging import FolderStaging
 from nemotron_fp8.destinations.journal import Journal, dated, first_entry
@@ -107,8 +108,7 @@ class FolderDestination:
         if source is not None:
             refuse_overlap(source, self.path)
         if self.occupied() and (not overwrite or not self.path.is_dir()):
-            what = "already holds other files" if self.path.is_dir() else "is a file"
-            raise DestinationExistsError(str(self.path), what)
+            raise DestinationExistsError(str(self.path), contents_of(self.path, terms.recipe))
         self._label, self._shards = label, dict(shards or {})
         self._receipts: dict[str, ShardReceipt] = {}
         self._published = False

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._filesystem import JOURNAL, LOCK, OUT, WORK, WORKING, is_stale, names_in
 from nemotron_fp8._secrets import masked
+from nemotron_fp8._utils import plain_path, shell_word
 from nemotron_fp8.checkpoint.inventory import MANIFEST, MARKER, is_plain_name
 from nemotron_fp8.destinations.folder import partial_path
 from nemotron_fp8.destinations.journal import Terms, read_journal
@@ -105,7 +106,7 @@ def _published(path: Path, named: str) -> Status | None:
         bytes_total=sum(shards.values()),
         recipe=dict(manifest.recipe),
         version=manifest.version,
-        advice=f"check it: nemotron-fp8 verify {named}",
+        advice=f"check it: nemotron-fp8 verify {shell_word(plain_path(named))}",
         notices=notices,
     )
 

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, ClassVar
 from nemotron_fp8._utils import format_bytes
 from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.destinations.comparison import ComparingDestination
+from nemotron_fp8.destinations.differences import contents_of
 from nemotron_fp8.destinations.folder import FolderDestination, is_occupied, refuse_overlap
 from nemotron_fp8.documents.model_card import render_card
 from nemotron_fp8.documents.render import planned_sizes
 from nemotron_fp8.errors import DestinationExistsError, OverlapError, RecipeError
+from nemotron_fp8.errors.stores import StoreAddressError
 from nemotron_fp8.hub.address import is_address, may_be_address, parse_address, parse_target
 from nemotron_fp8.stores.address import is_store, local_path, parse_store
 from nemotron_fp8.stores.connection import require_obstore
+from nemotron_fp8.stores.listing import RECORDS
 
 if TYPE_CHECKING:
     from nemotron_fp8.destinations.base import Destination, RunOptions
@@ -67,6 +70,8 @@ def _open_store(text: str, options: RunOptions) -> StoreFolder:
             " readers would see a mixture: name a new folder"
         )
     address = parse_store(text)
+    if RECORDS in address.prefix.split("/"):
+        raise StoreAddressError(str(address), f"{RECORDS} holds the records of conversions; name another folder")
     require_obstore()
     return StoreFolder(address, options)
 
@@ -101,7 +106,7 @@ def refuse_occupied(source: str | os.PathLike[str], destination: object, overwri
     if Path(source).exists():
         refuse_overlap(Path(source), path)
     if is_occupied(path) and not (path.is_dir() and (overwrite or (path / MANIFEST).exists())):
-        raise DestinationExistsError(str(path), "already holds other files" if path.is_dir() else "is a file")
+        raise DestinationExistsError(str(path), contents_of(path))
 
 
 def folder_in_place(source: str | os.PathLike[str]) -> Path:
@@ -145,9 +150,8 @@ def store_note(destination: str) -> str | None:
         return None
     from nemotron_fp8.destinations.store.sink import UPLOAD_BYTES
 
-    return (
-        f"shards are sent while they are made: no disk, and {format_bytes(UPLOAD_BYTES)} of memory for each at a time"
-    )
+    memory = f"up to {format_bytes(UPLOAD_BYTES)} of memory for each at a time"
+    return f"shards are sent while they are made: no disk, and {memory}"
 
 
 def repository_hint(destination: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
 from nemotron_fp8.checkpoint.json_text import compact_json
+from nemotron_fp8.destinations.differences import recipe_difference
 from nemotron_fp8.destinations.journal import Terms
 from nemotron_fp8.documents.render import render_documents
 from nemotron_fp8.errors import excerpt
@@ -71,7 +72,7 @@ class RunIdentity:
             if theirs != ours:
                 raise OtherRunError(path, what, f"its {what} is {excerpt(theirs)}, not {ours!r}")
         if terms.recipe != dict(self.recipe):
-            raise OtherRunError(path, "recipe", "its recipe differs")
+            raise OtherRunError(path, "recipe", recipe_difference(terms.recipe, self.recipe) or "its recipe differs")
         then, now = terms.source, self.stamps if changed is None else changed
         for name, stamp in now.items():
             if then.get(name) != stamp:

@@ -68,6 +68,22 @@ class ScaleError(SourceError, ValueError):
     )
 
 
+class NoResultError(SourceError):
+    """A checkpoint is no result of a quantization, so that there is nothing to report.
+
+    Attributes:
+        source: the checkpoint.
+        tensors: number of tensors in the checkpoint.
+    """
+
+    source: str
+    tensors: int
+    message = (
+        "{source}: not a result: none of {tensors:,} tensors is FP8, and there is no nemotron_fp8.json; for its tensors"
+        " use inspect, and to quantize it use quantize"
+    )
+
+
 class NotQuantizedError(SourceError):
     """The source has no FP8 weight to dequantize.
 

@@ -95,6 +95,16 @@ def fields_text(recipe: BaseModel) -> str:
     return "\n".join(parts)
 
 
+def is_unedited(data: bytes, recipe: BaseModel) -> bool:
+    """Return True if a file is what `fields_text` writes for the recipe that was read from it, or is empty.
+
+    Args:
+        data: contents of the file.
+        recipe: recipe of the file.
+    """
+    return not data.strip() or data == fields_text(recipe).encode()
+
+
 def _written(value: str | bool | tuple[str, ...]) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"

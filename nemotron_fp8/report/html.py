@@ -246,7 +246,7 @@ def _recipe(result: ResultSummary) -> str:
     rows = [
         ("source", result.source or "unknown: neither the model card nor the call names it"),
         ("model", result.model or "unknown: no config.json that names it"),
-        ("date of the manifest", result.made or "unknown: no manifest"),
+        ("date of the manifest", result.made or "unknown: no manifest in a local folder"),
         ("made by", f"nemotron_fp8 {result.version}" if result.version else "unknown: no manifest"),
     ]
     if result.layout and not result.asked:

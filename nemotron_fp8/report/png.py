@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fp8._filesystem import write_whole
 from nemotron_fp8._utils import visible
 from nemotron_fp8.errors import MissingExtraError, WriteError
 from nemotron_fp8.report.series import COLORS, RAMP, color, color_range, power_ticks, row_step, size_series
@@ -44,7 +46,9 @@ def write_pngs(result: ResultSummary, folder: str | os.PathLike[str]) -> list[Pa
     try:
         root.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            figure.savefig(root / name, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+            drawn = BytesIO()
+            figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+            write_whole(root / name, drawn.getvalue())
             written.append(root / name)
     except OSError as error:
         raise WriteError(str(root), error.strerror or str(error), error.errno) from error

@@ -141,7 +141,8 @@ def report_repo(
     """Summarize a result: sizes, scales, quantization error.
 
     Args:
-        destination: folder of the result.
+        destination: the result: a folder, a repository on the Hub (``hf://owner/name``), or a folder of an object
+            store.
         source: source of the result, to measure the errors and compare every weight; None to read the errors from the
             result, if it was quantized with ``Recipe(stats=True)``.
         max_memory: bytes of the working buffers, as a number or like ``"256MiB"``.
@@ -159,7 +160,8 @@ def report_repo(
         EvaluationFileError: the file is not one that ``evaluate --json`` wrote.
         OtherResultError, AmbiguousResultError: the evaluation is not about this result, or about several such results.
         StaleFiguresError: the evaluation was made of other weights than those of the folder.
-        RecipeError: an argument has an unsupported value, or the result is on the Hub.
+        HubError, AddressError, StoreError: the result or the source cannot be fetched, or an address is malformed.
+        RecipeError: an argument has an unsupported value.
         BudgetError: the buffers of a tensor exceed ``max_memory``.
     """
     _check(source, max_memory, threads, progress, destination=destination)
@@ -181,8 +183,8 @@ def compare_repos(
     """Compare two results: layouts, sizes, scales, errors.
 
     Args:
-        first: folder of a result.
-        second: folder of the other result.
+        first: a result, in any place of `report_repo`.
+        second: the other result.
         source: source of both, as in `report_repo`.
         max_memory: as in `report_repo`.
         threads: as in `report_repo`.
@@ -193,7 +195,7 @@ def compare_repos(
         of its weights.
 
     Raises:
-        SourceError, RecipeError, BudgetError: as in `report_repo`.
+        SourceError, RecipeError, BudgetError, HubError, AddressError, StoreError: as in `report_repo`.
     """
     _check(source, max_memory, threads, progress, first=first, second=second)
     one, other = (_summary(each, source, max_memory, threads, progress) for each in (first, second))

@@ -17,6 +17,7 @@ from nemotron_fp8.checkpoint.inventory import MANIFEST, STATS, is_plain_name
 from nemotron_fp8.checkpoint.stated_quantization import last_name
 from nemotron_fp8.documents.front_matter import split_card
 from nemotron_fp8.documents.stats_json import Figures, parse_figures
+from nemotron_fp8.errors.tensors import NoResultError
 from nemotron_fp8.hub.address import is_address
 from nemotron_fp8.planning.layouts import execution_scales, quantized_dtypes
 from nemotron_fp8.planning.layouts.base import Output
@@ -99,7 +100,7 @@ class ResultSummary:
     """The content of a report on one result.
 
     Attributes:
-        name: name of its folder.
+        name: name of its folder or repository, without the folders above, the owner and the revision.
         version: version of the library that made it; None without a manifest.
         asked: recipe in the manifest; empty without a manifest.
         layout: recipe that ``quantization_config`` describes; None if it is not one of this library.
@@ -114,7 +115,7 @@ class ResultSummary:
         source: name of the source, from the call or the model card, without its folder; None if unknown.
         model: architecture, or else type, of the model in its config; None if unknown.
         made: date of the manifest's file, ``YYYY-MM-DD`` (UTC), on which the result was written or copied; None without
-            a manifest.
+            a manifest, and for a result that is not local.
     """
 
     name: str
@@ -188,6 +189,8 @@ def read_summary(
     views = {view.name: view for view in inventory.views}
     dtypes = quantized_dtypes(quantization)
     weights = [view for view in inventory.views if view.dtype in dtypes]
+    if manifest is None and quantization is None and not weights:
+        raise NoResultError(os.fspath(destination), len(inventory.views))
     asked = manifest.recipe if manifest else {}
     weight_format = (layout or recipe_without_patterns(None, asked)).weight_format
     wanted = {weight_format.scale_of(view): view.name for view in weights}
@@ -210,7 +213,7 @@ def read_summary(
         figures = parse_figures(files.read(STATS))
     spoiled = {each.tensor for each in figures.nonfinite} if figures else ()
     return ResultSummary(
-        name=root.resolve().name if root else files.name,
+        name=root.resolve().name if root else short_name(files.name),
         version=manifest.version if manifest else None,
         asked=asked,
         layout=layout,

@@ -6,7 +6,7 @@ after a read are fetched while it is used, so that neither waits for the other. 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Fetch = Callable[[str, int, memoryview, Event], None]
-    """Fills a buffer from an offset of a file, until the event is set."""
+    Fetch = Callable[[str, int, memoryview, Event | None], None]
+    """Fills a buffer from an offset of a file; gives up when the event is set."""
 
 SEGMENT = 4 << 20
 """Bytes that are fetched ahead by one request."""
@@ -27,9 +27,13 @@ HELD = 8
 """Most segments in memory."""
 RECENT = 16
 """Reads of a file whose ends are remembered, so that several threads may take turns."""
+GROWTH = 4
+"""Bytes that are fetched ahead for each byte read in order before: few after a header, much within a tensor."""
+LEAST = 1 << 20
+"""Fewest bytes that are worth a request ahead."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Segment:
     """Bytes ``[start, stop)`` of a file that are fetched ahead; dropped once each was read."""
 
@@ -42,10 +46,10 @@ class _Segment:
 
 @dataclass(slots=True)
 class _OfFile:
-    """Segments of one file, in order, and the ends of its last reads."""
+    """Segments of one file, in order, and the ends of its last reads, each with the bytes read in order before it."""
 
     segments: list[_Segment] = field(default_factory=list)
-    ends: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
+    ends: OrderedDict[int, int] = field(default_factory=OrderedDict)
     closed: Event = field(default_factory=Event)
 
 
@@ -71,14 +75,17 @@ class ReadAhead:
             ready = [
                 (part, part.start, part.stop) for part in file.segments if part.start < stop and part.stop > offset
             ]
-            in_order = bool(ready) or offset in file.ends
-            file.ends.append(stop)
-            if in_order:
-                self._plan(name, file, stop, size)
+            before = AHEAD * SEGMENT if ready else file.ends.pop(offset, 0)
+            file.ends[stop] = before + len(buffer)
+            if len(file.ends) > RECENT:
+                file.ends.popitem(last=False)
+            ahead = min(AHEAD * SEGMENT, GROWTH * (before + len(buffer)))
+            if before and ahead >= LEAST:
+                self._plan(name, file, stop, min(size, stop + ahead), size)
         position = offset
         for part, first, last in [*ready, (None, stop, stop)]:
             if position < first:
-                self._fetch(name, position, buffer[position - offset : first - offset], file.closed)
+                self._fetch(name, position, buffer[position - offset : first - offset], None)
                 position = first
             if part is not None:
                 upto = min(last, stop)
@@ -91,19 +98,18 @@ class ReadAhead:
             part.done.result()
             target[:] = memoryview(part.data)[position - part.start : position - part.start + len(target)]
         except Exception:  # of a fetch ahead, which nobody asked for yet, or a canceled one
-            self._fetch(name, position, target, file.closed)
+            self._fetch(name, position, target, None)
         with self._lock:
             part.left -= len(target)
             if part.left <= 0:
                 self._drop(file, part)
 
-    def _plan(self, name: str, file: _OfFile, stop: int, size: int) -> None:
-        """Fetch the bytes after ``stop`` that are not on their way."""
+    def _plan(self, name: str, file: _OfFile, stop: int, last: int, size: int) -> None:
+        """Fetch the bytes ``[stop, last)`` that are not on their way, in whole segments."""
         position = stop
         for part in file.segments:
             if part.start <= position < part.stop:
                 position = part.stop
-        last = min(size, stop + AHEAD * SEGMENT)
         while position < last and self._make_room(file, stop, last):
             end = min(position + SEGMENT, size, *(part.start for part in file.segments if part.start > position))
             data = bytearray(end - position)
@@ -139,7 +145,7 @@ class ReadAhead:
             self._held -= 1
 
     def close(self, name: str) -> None:
-        """Forget a file and end the fetches ahead of it."""
+        """Forget a file and end the fetches ahead of it; another reader of the file goes on without them."""
         with self._lock:
             file = self._files.pop(name, None)
             if file is None:

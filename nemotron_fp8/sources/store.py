@@ -99,11 +99,13 @@ class StoreOpener:
         """Read through another view of the client; None for the client itself."""
         self._view = client
 
-    def _fetch(self, name: str, offset: int, buffer: memoryview, closed: Event) -> None:
+    def _fetch(self, name: str, offset: int, buffer: memoryview, closed: Event | None) -> None:
         def put(position: int, data: bytes) -> None:
             buffer[position - offset : position - offset + len(data)] = data
 
-        client = (self._view or self.client).linked(closed)
+        client = self._view or self.client
+        if closed is not None:
+            client = client.linked(closed)
         client.read_range(self.listing.file(name), offset, offset + len(buffer), put)
 
 

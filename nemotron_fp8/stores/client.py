@@ -71,6 +71,10 @@ UPLOADS = 4
 """Parts of a file that are sent in parallel."""
 
 
+def nothing() -> None:
+    """Check nothing."""
+
+
 class Put(Protocol):
     """Receiver of the bytes of a range, in any order and from several threads."""
 
@@ -340,7 +344,13 @@ class StoreClient:
     # -- writes -------------------------------------------------------------------------------------------
 
     def put_small(
-        self, name: str, data: bytes, *, create: bool = False, replacing: StoredFile | None = None
+        self,
+        name: str,
+        data: bytes,
+        *,
+        create: bool = False,
+        replacing: StoredFile | None = None,
+        check: Callable[[], None] = nothing,
     ) -> StoredFile:
         """Write a small file in one request. A write whose answer was lost is settled by reading the file back.
 
@@ -349,6 +359,7 @@ class StoreClient:
             data: the content.
             create: only if there is no such file.
             replacing: only if the file is still this version of it.
+            check: called before each attempt, which may be minutes after the one before; an error it raises ends them.
 
         Raises:
             StoreConflictError: another run wrote the file.
@@ -363,6 +374,7 @@ class StoreClient:
         context = self.context(f"write {name}", name, writes=True)
 
         def attempt(store: Any, _progressed: Callable[[], None]) -> None:
+            check()
             obstore.put(store, key, data, mode=mode, use_multipart=False)
 
         try:
@@ -493,8 +505,12 @@ class StoreClient:
             raise StoreUploadError(str(self.address), name, "gone or replaced right after it was written")
         return found
 
-    def delete(self, names: Sequence[str]) -> None:
+    def delete(self, names: Sequence[str], check: Callable[[], None] = nothing) -> None:
         """Delete files; names without a file are no error.
+
+        Args:
+            names: the files.
+            check: called before each attempt; an error it raises ends them.
 
         Raises:
             StoreError: a file cannot be deleted; the class names the reason.
@@ -503,18 +519,19 @@ class StoreClient:
         for start in range(0, len(names), PAGE):
             page = names[start : start + PAGE]
             try:
-                self._delete(page)
+                self._delete(page, check)
             except AbsentError:  # of Azure and GCS, which delete one by one
                 for name in page:
                     with suppress(AbsentError):
-                        self._delete([name])
+                        self._delete([name], check)
 
-    def _delete(self, names: Sequence[str]) -> None:
+    def _delete(self, names: Sequence[str], check: Callable[[], None]) -> None:
         import obstore
 
         keys = [self.address.key(name) for name in names]
 
         def attempt(store: Any, _progressed: Callable[[], None]) -> None:
+            check()
             obstore.delete(store, keys)
 
         self._retry(self.context(f"delete {names[0]}", names[0]), attempt)

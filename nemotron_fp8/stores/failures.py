@@ -109,7 +109,7 @@ class StoreContext:
 def classify(error: Exception, context: StoreContext) -> Retry | Exception:
     """Map a failure to `Retry` or to the error to raise.
 
-    Source: the names and texts of obstore 0.12 and object_store 0.12; the codes of the S3, GCS and Azure APIs.
+    Source: the names and texts of obstore 0.12 and object_store 0.14; the codes of the S3, GCS and Azure APIs.
     """
     if isinstance(error, (NemotronFp8Error, CanceledError, ExistsError, AbsentError)):
         return error
@@ -141,7 +141,7 @@ def _by_name(kind: str, code: str, text: str, context: StoreContext) -> Exceptio
         return StoreUploadError(context.store, context.file or "a file", "its upload was removed")
     if kind == "FileNotFoundError" or code in ("NoSuchKey", "BlobNotFound"):
         if context.file is None:
-            return StoreRefusedError(context.store, context.action, "404: there is no such bucket, or no such path")
+            return MissingBucketError(context.store, context.bucket)
         # A condition on the version of an object that is gone.
         return ExistsError() if context.writes else AbsentError()
     if kind == "AlreadyExistsError":

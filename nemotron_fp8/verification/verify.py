@@ -53,6 +53,7 @@ from nemotron_fp8.verification.self_check import (
 )
 from nemotron_fp8.verification.small_files import Facts, check_small_files
 from nemotron_fp8.verification.stored_scales import check_stored_scales
+from nemotron_fp8.verification.swapped import refuse_swapped
 
 if TYPE_CHECKING:
     import os
@@ -176,7 +177,8 @@ def verify_repo(
             reported as problems, not raised.
         HubError, AddressError: the Hub rejects a request or cannot be reached, or an address is malformed.
         BudgetError: the buffers of a tensor exceed ``max_memory``.
-        RecipeError: an argument has an unsupported value, or ``hub.revision`` is set for a source that has none.
+        RecipeError: an argument has an unsupported value, ``hub.revision`` is set for a source that has none, or
+            source and destination are swapped.
     """
     from nemotron_fp8.hub.options import as_hub_options
 
@@ -190,7 +192,10 @@ def verify_repo(
         gauge = StageProgress(callback)
         if source is None:
             return _verify_alone(destination, hub, workers, gauge)
-        return _verify_with_source(source, destination, budget, workers, shard_size, hub, gauge)
+        found = _verify_with_source(source, destination, budget, workers, shard_size, hub, gauge)
+    if found.problems:
+        refuse_swapped(source, destination, found.problems, hub)
+    return found
 
 
 def _verify_with_source(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import re
 import shlex
@@ -14,10 +16,12 @@ from click.testing import CliRunner, Result
 
 from nemotron_fp8.cli.main import cli
 from nemotron_fp8.cli.next_steps import after_calibrate, after_evaluate, after_quantize
+from nemotron_fp8.cli.progress_line import ProgressLine
 from nemotron_fp8.conversion.report import Report
 from nemotron_fp8.planning.amaxes import Amaxes
 from nemotron_fp8.planning.engine_support import EngineSupport
 from nemotron_fp8.planning.recipe import Recipe
+from nemotron_fp8.progress import Progress
 from tests.docs.commands import check
 from tests.support.checkpoints import edit, edit_json
 
@@ -90,6 +94,21 @@ def test_a_verbose_command_tells_what_is_done(checkpoint: Path, destination: Pat
     assert "note:" not in usual.stderr
 
 
+@pytest.mark.parametrize("restarts", [True, False])
+def test_a_stage_has_its_own_bytes_and_time(restarts: bool) -> None:
+    """Of a verification, whose counts restart with each stage, and of an evaluation, whose counts go on."""
+    stream = io.StringIO()
+    with ProgressLine(stream, verbose=True, clock=itertools.count().__next__) as line:
+        for number in range(3):
+            for share in (0.0, 0.5, 1.0):
+                units = share if restarts else number + share
+                done, seconds = int(units * (4 << 20)), 2.0 * units
+                total = (4 << 20) * (1 if restarts else 3)
+                line.update(Progress(done, total, "", source_bytes=total, seconds=seconds, stage=f"stage {number}"))
+    told = [text for text in stream.getvalue().splitlines() if text.startswith("note: ")]
+    assert told == [f"note: stage {number}: 4.0 MiB in 2.00 s, 2.0 MiB/s" for number in range(3)]
+
+
 def test_a_verbose_conversion_in_place_tells_its_shards(checkpoint: Path) -> None:
     done = run("quantize", checkpoint, "--in-place", "-v")
     assert done.exit_code == 0
@@ -130,7 +149,7 @@ def test_a_quantization_says_what_may_follow(checkpoint: Path, tmp_path: Path) -
         f"nemotron-fp8 verify {checkpoint} {quoted}",
         f"vllm serve {quoted}",
         f"python -m sglang.launch_server --model-path {quoted}",
-        f"AutoModelForCausalLM.from_pretrained({str(destination)!r})",
+        f"# in Python: AutoModelForCausalLM.from_pretrained({str(destination)!r})",
         f"nemotron-fp8 evaluate {checkpoint} {quoted}",
     ]
     verified = run(*shlex.split(steps(done.stderr)[0])[1:])

@@ -186,6 +186,9 @@ WRONG = [
     ("report made --html none/report.html", "none/report.html", "create it first"),
     ("report made --html made/config.json", "made/config.json", "name another file"),
     ("compare made made --html none/report.html", "none/report.html", "create it first"),
+    ("verify made good", "are source and destination swapped?", "nemotron-fp8 verify good made"),
+    ("report good", "not a result", "to quantize it use quantize"),
+    ("compare made good", "good: not a result", "inspect"),
     ("demo full", "full", "name a folder that does not"),
 ]
 

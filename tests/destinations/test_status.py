@@ -10,14 +10,18 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nemotron_fp8 import NemotronFp8Error, quantize_repo, status_of
 from nemotron_fp8._process import ProcessRecord
+from nemotron_fp8.cli.status import headline, rows
 from nemotron_fp8.destinations import journal as journals
 from nemotron_fp8.destinations.journal import Journal
 from nemotron_fp8.destinations.lock_record import LockRecord, read_record, write_record
@@ -373,6 +377,64 @@ def test_a_hostile_journal(half: Path, tmp_path: Path, name: str, where: str) ->
     with pytest.raises(DamagedJournalError, match=r"line \d is damaged"):
         status_of(tmp_path / "out")
     assert snapshot(tmp_path) == before
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=4,
+)
+KEYS = (
+    "kind",
+    "name",
+    "size",
+    "time",
+    "sha256",
+    "shards",
+    "from",
+    "saved",
+    "side",
+    "source",
+    "recipe",
+    "manifest",
+    "kept",
+)
+
+
+@given(data=st.data())
+def test_any_values_in_a_journal(half: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Under right checksums: a state, or an error of ours; and what is returned can be printed."""
+    path = half / "journal.jsonl"
+    if not (half / "kept").exists():
+        (half / "kept").write_bytes(path.read_bytes())
+    path.write_bytes((half / "kept").read_bytes())
+
+    def change(entry: dict[str, Any]) -> dict[str, Any]:
+        return entry | data.draw(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=2))
+
+    rewritten(half, change)
+    with suppress(NemotronFp8Error):
+        found = status_of(tmp_path / "out")
+        assert json.loads(json.dumps(found.as_dict()))["state"] in ("stopped", "unknown")
+        assert all(isinstance(line, tuple) for line in rows(found))
+        assert repr(found)
+
+
+@given(data=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_in_a_lock(half: Path, tmp_path: Path, data: bytes) -> None:
+    (half / "lock").write_bytes(data)
+    assert status_of(tmp_path / "out").shards_done == 2
+
+
+@given(
+    fields=st.dictionaries(st.sampled_from(("pid", "host", "system", "boot", "start", "since", "ended", "error")), JSON)
+)
+def test_any_values_in_a_lock(half: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    (half / "lock").write_text(json.dumps(LockRecord.begun().entry() | fields))
+    found = status_of(tmp_path / "out")
+    assert found.shards_done == 2
+    assert found.state in ("running", "stopped", "unknown")
+    assert headline(found)
 
 
 def pipe(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import nemotron_fp8
+from nemotron_fp8 import _version
 from nemotron_fp8.cli.commands import RecipeCommand
 from nemotron_fp8.cli.main import cli
 from nemotron_fp8.planning.recipe import Recipe
@@ -38,6 +39,8 @@ def check(words: list[str]) -> None:
         module(words[2], words[3:])
     elif words[:2] == ["pip", "install"]:
         for word in words[2:]:
+            unreleased = word.startswith("nemotron_fp8") and not _version.RELEASED
+            assert not unreleased, f"{word}: nobody has published it; install from a clone"
             for extra in re.findall(r"(?:^\.|^nemotron_fp8)\[([\w,]+)\]", word):
                 assert set(extra.split(",")) <= extras(), f"no such extra: {extra}"
 

@@ -170,12 +170,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "--png": ("png", "", ".", "src/config.json", "missing/x", "x" * 300, "\udcff"),
     "--source": (*NAMES, *PATHS),
+    "--recipe": (*PATHS, "src/config.json", "\udcff"),
+    "--save-recipe": ("new.yaml", "", ".", "src/config.json", "missing/x", "x" * 300, "\udcff"),
+    "--retry-time": ("1s", "0", "", "-1", "x", "9" * 5000, "1e3", "\uff11s"),
     "--ray": ("auto", "", "127.0.0.1:1", "ray://127.0.0.1:1", "x", ":", "::", "a:b", "ray://", "127.0.0.1:99999"),
 }
 FLAGS = (
     "--stats", "--share-scales", "--force-select", "--overwrite", "--in-place", "--restart", "--no-digests", "--json",
     "--quiet", "-q", "--private", "--pr", "--no-estimate", "--help", "-h", "--version", "--", "--x", "-", "--stat",
-    "--json=1", "-qq", "--quiet=yes",
+    "--json=1", "-qq", "--quiet=yes", "--verbose", "-v", "--dry-run", "--no-stats",
 )  # fmt: skip
 COMMANDS: dict[str, tuple[str, ...]] = {
     "quantize": ("src", "new"),
@@ -187,6 +190,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("dst",),
     "compare": ("dst", "dst"),
     "demo": ("new",),
+    "help": ("quantize",),
+    "completion": ("zsh",),
 }
 """Every command, with good arguments."""
 VARIABLES: dict[str, tuple[str | None, ...]] = {
@@ -214,6 +219,12 @@ VARIABLES: dict[str, tuple[str | None, ...]] = {
     "CUDA_VISIBLE_DEVICES": ("", "-1", "0", "x", "9" * 5000),
     "OMP_NUM_THREADS": ("0", "-1", "x", "9" * 30),
     "NO_PROXY": ("*", "", "\n"),
+    "NEMOTRON_FP8_MAX_MEMORY": ("", "1GiB", "x", "-1", "9" * 5000, "\udcff", "\x1b[2J"),
+    "NEMOTRON_FP8_IGNORE": ("q_proj k_proj", "(", " ", "\x1b[2J", "x|" * 50_000),
+    "NEMOTRON_FP8_RECIPE": ("src/config.json", "missing", "\udcff", "."),
+    "NEMOTRON_FP8_QUIET": ("1", "x", "\udcff"),
+    "NEMOTRON_FP8_MAX_MEMROY": ("1", "\udcff"),
+    "NEMOTRON_FP8_\udcff\x1b[2J": ("1", ),
 }  # fmt: skip
 
 
@@ -240,7 +251,7 @@ def arguments(chance: Random, seeds: Seeds) -> Input:
         option = pick(chance, known if known and chance.random() < 0.9 else tuple(OPTIONS))
         value = pick(chance, OPTIONS[option]) if chance.random() < 0.9 else pick(chance, (*TEXTS, *map(str, INTEGERS)))
         words += [f"{option}={value}"] if chance.random() < 0.3 else [option, value]
-    if "--threads" not in words and command not in ("inspect", "demo") and chance.random() < 0.7:
+    if "--threads" not in words and command not in ("inspect", "demo", "help", "completion") and chance.random() < 0.7:
         words += ONE
     if is_big(chance):
         words += ["--ignore", "x|" * (ARGUMENT // 2)]

@@ -172,6 +172,11 @@ def test_a_saved_recipe_gives_the_same_result(tmp_path: Path, checkpoint: Path) 
     assert files == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
     assert invoke(cli, ["plan", str(checkpoint), "--no-estimate", "--save-recipe", str(file)]).exit_code == 0
     assert Recipe.from_file(file) == Recipe()
+    file.write_text(edited := file.read_text() + "# my own remark\n")
+    kept = invoke(cli, ["plan", str(checkpoint), "--no-estimate", "--save-recipe", str(file)])
+    assert (kept.exit_code, kept.stdout) == (1, "")
+    assert "exists and was edited" in str(kept.exception)
+    assert file.read_text() == edited
     other.write_text("dear diary: nothing happened\n")
     refused = invoke(cli, ["plan", str(checkpoint), "--no-estimate", "--save-recipe", str(other)])
     assert (refused.exit_code, refused.stdout) == (1, "")

@@ -14,6 +14,7 @@ import torch
 
 from nemotron_fp8 import Recipe, convert_repo, dequantize_repo, quantize_repo
 from nemotron_fp8.destinations.store import ordered_bytes
+from nemotron_fp8.destinations.store.job import RUN_FILE
 from nemotron_fp8.destinations.store.sink import StoreSink
 from nemotron_fp8.errors import NonFiniteError, OverlapError, RecipeError, WriteError
 from nemotron_fp8.errors.destination import DamagedJournalError, OtherRunError
@@ -168,7 +169,7 @@ def test_finished_shards_are_kept(store: StoreServer, source: Path, tmp_path: Pa
     convert(source, tmp_path / "local")
     with pytest.raises(StoppedError):
         convert(source, progress=stop_at(NAMES[2]))
-    assert set(contents(store)) == {JOB_FILE, *NAMES[:2], *(f"{RECORDS}/{name}.json" for name in NAMES[:2])}
+    assert set(contents(store)) == {JOB_FILE, RUN_FILE, *NAMES[:2], *(f"{RECORDS}/{name}.json" for name in NAMES[:2])}
     assert store.unfinished(BUCKET) == []
     store.log.clear()
     assert convert(source).resumed == 2
@@ -184,9 +185,9 @@ def test_a_complete_result_is_left_alone(store: StoreServer, source: Path) -> No
     assert convert(source).unchanged
     assert contents(store) == before
     assert not [request for request in store.log if request.method == "PUT"]
-    with pytest.raises(OccupiedPrefixError, match="complete result of another conversion"):
+    with pytest.raises(OccupiedPrefixError, match="holds a result: of another conversion"):
         convert(source, recipe=BLOCKS)
-    with pytest.raises(OccupiedPrefixError, match="complete result of another conversion"):
+    with pytest.raises(OccupiedPrefixError, match="holds a result: of another conversion"):
         convert(source, recipe=BLOCKS, restart=True)
     assert contents(store) == before
 
@@ -317,7 +318,7 @@ def test_a_full_disk_under_the_temporary_file(
         patch.setattr("os.pwrite", full)
         with pytest.raises(WriteError, match=r"No space left on device .*TMPDIR"):
             convert(source)
-    assert set(contents(store)) == {JOB_FILE}
+    assert set(contents(store)) == {JOB_FILE, RUN_FILE}
     assert store.unfinished(BUCKET) == []
     convert(source)
     convert(source, tmp_path / "local")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -97,7 +98,9 @@ def test_the_command(
 ) -> None:
     source = str(checkpoint_of(tmp_path / "source", 2))
     plan = CliRunner().invoke(cli, ["quantize", source, TARGET, "--dry-run", "--device", "cpu"])
-    assert re.search(r"^upload   .* no disk, and 112.0 MiB of memory for each at a time$", plan.stdout, re.MULTILINE)
+    assert re.search(
+        r"^upload   .* no disk, and up to 240.0 MiB of memory for each at a time$", plan.stdout, re.MULTILINE
+    )
     assert contents(store) == {}
     done = CliRunner().invoke(cli, ["quantize", source, TARGET, "--device", "cpu"])
     assert "note: shards are sent while they are made: no disk" in done.stderr
@@ -110,7 +113,7 @@ def test_the_command(
     before = contents(store)
     for arguments, message in (
         (["quantize", source, TARGET, "--overwrite"], "name a new folder"),
-        (["quantize", source, TARGET, "--granularity", "tensor"], "complete result of another conversion"),
+        (["quantize", source, TARGET, "--granularity", "tensor"], "holds a result: of another conversion"),
         (["quantize", source, f"s3://nobucket/{PREFIX}"], "no bucket 'nobucket'"),
         (["card", TARGET, "--remove"], "object store"),
         (["quantize", "--in-place", TARGET], "object store"),
@@ -134,12 +137,14 @@ def test_status(store: StoreServer, tmp_path: Path) -> None:
     before, done = contents(store), sum(len(contents(store)[name]) for name in NAMES[:2])
     store.log.clear()
     status = status_of(TARGET)
-    assert (status.kind, status.state, status.source) == ("store", "unknown", str(source))
+    assert (status.kind, status.state, status.source) == ("store", "stopped", str(source))
+    assert status.process is not None
+    assert (status.process.pid, status.error) == (os.getpid(), "StoppedError: ")
     assert (status.shards_done, status.shards_total, status.shards_left) == (2, 4, 2)
     assert (status.bytes_done, status.bytes_total) == (done, 2 * done)
     assert status.recipe["granularity"] == "channel"
     assert "run the same command again to resume" in status.advice
-    assert [request.method for request in store.log] == ["GET", "GET"]
+    assert [request.method for request in store.log] == ["GET", "GET", "GET"]
     assert contents(store) == before
     convert(source)
     status = status_of(TARGET)

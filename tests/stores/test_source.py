@@ -16,6 +16,7 @@ from nemotron_fp8.errors.stores import ChangedObjectError
 from nemotron_fp8.sources.open import open_source, shards_of
 from nemotron_fp8.sources.read_ahead import SEGMENT
 from tests.stores.conversion import SOURCE, checkpoint, contents, seed
+from tests.support.nemo_writer import Sizes, hf_tensors, write_nemo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,6 +152,33 @@ def test_reads_in_any_order_by_several_threads(store: StoreServer, tmp_path: Pat
     assert not wrong
 
 
+def test_a_reader_goes_on_when_another_closes_the_file(store: StoreServer, tmp_path: Path) -> None:
+    data = checkpoint(tmp_path / "source", shards=1, rows=20_000)["model-00001-of-00001.safetensors"]
+    seed(store, tmp_path / "source")
+    opener = open_source(SOURCE).opener
+    first, second = opener.open("model-00001-of-00001.safetensors"), opener.open("model-00001-of-00001.safetensors")
+    buffer = bytearray(len(data))
+    step = 1 << 19
+    for begin in range(0, len(data), step):
+        first.read_into(begin, memoryview(buffer)[begin : begin + step])
+        if begin == 4 * step:
+            second.close()
+    first.close()
+    assert buffer == data
+
+
+def test_reading_by_both_passes_of_a_verification(store: StoreServer, tmp_path: Path) -> None:
+    """Small reads of headers cause no reading ahead, so that each pass fetches the bytes once."""
+    data = checkpoint(tmp_path / "source", shards=1, rows=20_000)["model-00001-of-00001.safetensors"]
+    seed(store, tmp_path / "source")
+    quantize_repo(SOURCE, tmp_path / "result", device="cpu")
+    before = len(store.log)
+    assert verify_repo(SOURCE, tmp_path / "result").ok
+    ranges = [request.range for request in store.log[before:] if request.path.endswith(".safetensors")]
+    lengths = [int(last) - int(first) + 1 for first, last in (str(r)[6:].split("-") for r in ranges)]
+    assert sum(lengths) < 2 * len(data) + (512 << 10)
+
+
 def test_an_index_that_is_too_large_is_not_fetched_whole(store: StoreServer, tmp_path: Path) -> None:
     from nemotron_fp8.errors import MalformedConfigError
     from nemotron_fp8.untrusted import strict_json
@@ -211,3 +239,13 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (open_source, shards_of):
         with pytest.raises(MissingExtraError, match=r"pip install 'nemotron_fp8\[stores\]'"):
             call(SOURCE)
+
+
+def test_a_nemo_checkpoint(store: StoreServer, tmp_path: Path) -> None:
+    sizes = Sizes(layers=1)
+    write_nemo(tmp_path / "nemo", hf_tensors(sizes), sizes)
+    seed(store, tmp_path / "nemo", "nv/nemo")
+    quantize_repo(tmp_path / "nemo", tmp_path / "wanted", device="cpu")
+    quantize_repo("s3://bucket/nv/nemo", tmp_path / "result", device="cpu")
+    assert contents(tmp_path / "result") == contents(tmp_path / "wanted")
+    assert verify_repo("s3://bucket/nv/nemo", tmp_path / "result").ok

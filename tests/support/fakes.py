@@ -124,6 +124,7 @@ class MemoryDestination:
     """
 
     in_order = False
+    upload_waits = ()
 
     def __init__(self) -> None:
         self.staged: dict[str, bytes] = {}

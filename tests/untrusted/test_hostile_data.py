@@ -134,7 +134,8 @@ class Done(NamedTuple):
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Run commands in this process."""
-    monkeypatch.setattr("nemotron_fp8.cli.exit._watch_signals", list)
+    for name in ("watch", "close"):  # handlers belong to processes of the command line
+        monkeypatch.setattr(f"nemotron_fp8.cli.signals.Signals.{name}", lambda _: None)
 
     def run(*words: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["nemotron-fp8", *map(str, words)])

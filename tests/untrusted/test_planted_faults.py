@@ -22,7 +22,7 @@ from nemotron_fp8.checkpoint import inventory, model_code
 from nemotron_fp8.checkpoint.header import parse_header, read_header
 from nemotron_fp8.cli.main import main
 from nemotron_fp8.conversion.in_place import InPlaceFolder
-from nemotron_fp8.destinations import partial_folder
+from nemotron_fp8.destinations import lock_record
 from nemotron_fp8.destinations.hub.branch_state import read_job
 from nemotron_fp8.destinations.hub.destination import HubDestination, note_of
 from nemotron_fp8.destinations.hub.job import JOB_FILE, JobOptions, StagedShard
@@ -412,7 +412,8 @@ def owner_of_lock(tmp: Path) -> str:
     (tmp / "lock").write_bytes(b'{"pid": 1, "host": "a"}')
     fd = os.open(tmp / "lock", os.O_RDONLY)
     try:
-        return partial_folder._read_owner(fd)
+        found = lock_record.record_in(fd)
+        return found.owner if found else ""
     finally:
         os.close(fd)
 
@@ -521,7 +522,8 @@ COMMANDS = {
 def run(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Run a command in this process; return its exit code and what it wrote to stderr."""
     monkeypatch.setattr(sys, "argv", ["nemotron-fp8", *words])
-    monkeypatch.setattr("nemotron_fp8.cli.exit._watch_signals", list)
+    for name in ("watch", "close"):  # handlers belong to processes of the command line
+        monkeypatch.setattr(f"nemotron_fp8.cli.signals.Signals.{name}", lambda _: None)
     capsys.readouterr()
     code = 0
     try:

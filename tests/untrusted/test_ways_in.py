@@ -186,7 +186,8 @@ WEIGHTS: Uses = {
 FOLDERS: Uses = {
     "_filesystem.py": {
         "os.scandir": "names of a working folder",
-        "os.open": "a folder, to sync it",
+        "os.open": "a folder, to sync it; a pipe or a device, to write a page into it",
+        "os.fdopen": "a pipe or a device, to write a page into it",
         "int": "numbers in the name of a folder of temporaries",
     },
     "cli/json_log.py": {"os.open": "the log, opened for appending"},

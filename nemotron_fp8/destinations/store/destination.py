@@ -11,6 +11,11 @@ only where none is. From these two:
 4. The records are deleted, the job file first.
 
 A reader that looks for ``config.json`` or for the manifest therefore sees no result, or all of it.
+
+A request that was sent before another run took the folder over may still arrive. A run therefore looks at the job file
+before each attempt of a request that matters, and once more after the manifest: if the folder has another job by then,
+it withdraws what it has announced, and fails. A run that starts over deletes no file that its own result has, too: it
+writes over it, so that a late deletion cannot hit the new result.
 """
 
 from __future__ import annotations
@@ -23,8 +28,11 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8._utils import listed
 from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST
-from nemotron_fp8.destinations.store.job import Job, StoreReceipt, receipt_path, render_receipt
+from nemotron_fp8.checkpoint.json_text import compact_json
+from nemotron_fp8.destinations.lock_record import LockRecord
+from nemotron_fp8.destinations.store.job import RUN_FILE, Job, StoreReceipt, receipt_path, render_receipt
 from nemotron_fp8.destinations.store.prefix import (
+    WITHDRAWN,
     discard_result,
     is_intact,
     job_path,
@@ -32,6 +40,7 @@ from nemotron_fp8.destinations.store.prefix import (
     read_job,
     read_receipts,
     records,
+    withdraw,
 )
 from nemotron_fp8.destinations.store.staging import StoreStaging
 from nemotron_fp8.errors import is_permanent
@@ -81,9 +90,11 @@ class StoreDestination:
         digests: whether the manifest carries SHA-256 digests.
 
     Attributes:
-        complete: True if an earlier run has published the result, and only its records were left.
-        bytes_published: bytes of all files that this run has published.
+        bytes_published: bytes of all files that this run has published; 0 if an earlier run has published the result,
+            and only its records were left.
     """
+
+    complete = False  # the bytes of the manifest decide, which `publish` gets
 
     def __init__(
         self,
@@ -103,7 +114,8 @@ class StoreDestination:
         self._identity, self._sizes, self._shards, self._source = identity, sizes, shards, source
         self._transfers, self._spill, self._restart, self.digests = transfers, spill, restart, digests
         self._receipts: dict[str, StoreReceipt] = {}
-        self.complete = False
+        self._published = False
+        self._run = LockRecord.begun()
         self.bytes_published = 0
 
     @property
@@ -122,7 +134,11 @@ class StoreDestination:
             self._begin(self._client.listing())
         except StoreConflictError:  # another run has begun meanwhile
             self._restart = False
-            self._begin(self._client.listing())
+            listing = self._client.listing()
+            if MANIFEST in listing.files and JOB_FILE not in listing.files:
+                raise JobLostError(self.label, "is gone") from None
+            self._begin(listing)
+        self._client.put_small(RUN_FILE, compact_json(self._run.entry()))
         return self
 
     def _begin(self, listing: StoreListing) -> None:
@@ -153,11 +169,14 @@ class StoreDestination:
         self._clean(listing)
 
     def _clean(self, listing: StoreListing) -> None:
-        """Delete the files of the discarded run. Until the job file says that this is done, every run begins with it.
+        """Delete what the discarded run has and this one has not; its other files are written over.
 
-        No other moment is right: beside a run that publishes, a run that deletes could undo what that one has written.
+        Until the job file says that this is done, every run begins with it.
         """
-        discard_result(self._client, listing, [*self._job.discard, *records(listing)])
+        check = self.staging.check_job
+        withdraw(self._client, listing, check)
+        alone = [name for name in self._job.discard if name not in self._sizes]
+        discard_result(self._client, listing, [*alone, *records(listing)], check)
         self._job = replace(self._job, discard=())
         self._job_file = self._client.put_small(JOB_FILE, self._job.render(), replacing=self._job_file)
 
@@ -185,14 +204,11 @@ class StoreDestination:
         if job.discard:
             self._clean(listing)
             return
-        self._receipts = read_receipts(self._client, listing, job.id, self._shards)
-        if not published:
-            return
+        self._receipts = read_receipts(self._client, listing, job.id, self._shards, self.digests)
         if self._receipts.keys() != set(self._shards):
-            self.staging.check_job()  # another run that has just finished deletes the receipts
-            self._refuse_files(own_files(listing))
-        self.complete = True
-        self._forget(listing)
+            # Another run that has just finished deletes the job file first, then the receipts.
+            self.staging.check_job()
+            withdraw(self._client, listing, self.staging.check_job)
 
     def _refuse_strange(self, listing: StoreListing, files: set[str]) -> None:
         """Raise OccupiedPrefixError if there are other files than those of a job."""
@@ -201,23 +217,38 @@ class StoreDestination:
     def _refuse_files(self, files: Mapping[str, StoredFile]) -> None:
         """Raise OccupiedPrefixError if there are files."""
         if files:
-            kind = "holds a complete result of another conversion" if MANIFEST in files else "holds other files"
+            kind = "holds other files"
+            if MANIFEST in files:
+                kind = (
+                    "holds a result: of another conversion, of a run that has just finished, or with files that changed"
+                )
             raise OccupiedPrefixError(self.label, f"{kind} ({listed(sorted(files))})")
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is not None and not isinstance(error, Exception):
             self._cancel.set()
         # An error about this folder is none of the source.
-        if is_permanent(error) and not self.complete and getattr(error, "store", None) != self.label:
+        if is_permanent(error) and not self._published and getattr(error, "store", None) != self.label:
             with suppress(StoreError):  # the source's error is the one to tell
                 self._discard()
+        elif isinstance(error, Exception) and not isinstance(error, StoreError):
+            # For `status` alone, so that nothing is tried twice.
+            quick = self._client.with_options(policy=replace(self._client.policy, seconds=0.0))
+            with suppress(StoreError):
+                self.staging.check_job()
+                quick.put_small(RUN_FILE, compact_json(self._run.over(error).entry()))
 
     def _discard(self) -> None:
-        """Delete what a conversion that can never succeed has written."""
-        self.staging.check_job()
-        listing = self._client.listing()
-        discard_result(self._client, listing, [*self._job.files, *records(listing)])
-        self._client.delete([JOB_FILE])
+        """Delete what a conversion that can never succeed has written, unless another run of it succeeded.
+
+        The job file is replaced first, so that no other run of the job publishes meanwhile.
+        """
+        job = Job.new(self._identity, self._source, self._sizes, self._job.files)
+        self._job_file = self._client.put_small(JOB_FILE, job.render(), replacing=self._job_file)
+        listing, check = self._client.listing(), self.staging.check_job
+        if MANIFEST not in listing.files:
+            discard_result(self._client, listing, [*job.discard, *records(listing)], check)
+        self._forget()
 
     def finished(self) -> Mapping[str, ShardReceipt]:
         return {name: receipt.receipt for name, receipt in self._receipts.items()}
@@ -239,16 +270,49 @@ class StoreDestination:
         documents: Mapping[str, bytes],
         copies: Mapping[str, Callable[[], Iterator[bytes]]],
     ) -> None:
-        manifest = documents[MANIFEST]
+        sizes = {name: len(data) for name, data in documents.items()} | {name: self._sizes[name] for name in copies}
+        sizes |= {name: receipt.size for name, receipt in receipts.items()}
+        if self._is_published(documents[MANIFEST], sizes):
+            self._published = True
+            self._forget()
+            return
         try:
             self._publish(receipts, documents, copies)
+            self._check_published(documents, sizes)
         except (JobLostError, StoreConflictError, MissingObjectError, StagedObjectError):
             # Another run of the job may have published the result meanwhile, and deleted the job's records.
-            if not self._is_published(manifest):
+            if not self._is_published(documents[MANIFEST], sizes):
+                self._take_back(documents)
                 raise
-        self._forget(self._client.listing())
-        beside = sum(map(len, documents.values())) + sum(self._sizes[name] for name in copies)
-        self.bytes_published = sum(receipt.size for receipt in receipts.values()) + beside
+        self._published = True
+        self._forget()
+        self.bytes_published = sum(sizes.values())
+
+    def _check_published(self, documents: Mapping[str, bytes], sizes: Mapping[str, int]) -> None:
+        """Check, once the manifest is there, that no run which took the folder over has changed the result.
+
+        Raises:
+            JobLostError: the folder belongs to another job.
+            StagedObjectError: a file is missing, or is not the one of this result.
+        """
+        self.staging.check_job()
+        listing = self._client.listing()
+        for name, size in sizes.items():
+            file = listing.files.get(name)
+            if file is None or file.size != size:
+                raise StagedObjectError(self.label, name, "is missing" if file is None else "has another size")
+        for name, receipt in self._receipts.items():
+            if not is_intact(self._client, receipt, listing.files[name]):
+                raise StagedObjectError(self.label, name, "is not the file that was uploaded")
+
+    def _take_back(self, documents: Mapping[str, bytes]) -> None:
+        """Withdraw the files by which a reader finds a result that is not whole, if they are those of this run."""
+        with suppress(StoreError):
+            if self._holds(MANIFEST, documents[MANIFEST]) is not None:
+                self._client.delete([MANIFEST])
+            config = self._holds(CONFIG, documents.get(CONFIG, WITHDRAWN))
+            if config is not None and CONFIG in documents:
+                self._client.put_small(CONFIG, WITHDRAWN, replacing=config)
 
     def _publish(
         self,
@@ -258,6 +322,8 @@ class StoreDestination:
     ) -> None:
         client, staging = self._client, self.staging
         staging.check_job()
+        # What a discarded run has announced here at the last moment.
+        withdraw(client, client.listing(), staging.check_job)
         names = {*receipts, *documents, *copies}
         put: dict[str, StoredFile] = {}
         for name, data in documents.items():
@@ -273,9 +339,8 @@ class StoreDestination:
             self._check_small(listing, name, file)
         for name in LAST:
             if name in documents:
-                client.put_small(name, documents[name])
-        staging.check_job()
-        client.put_small(MANIFEST, documents[MANIFEST], create=True)
+                client.put_small(name, documents[name], check=staging.check_job)
+        client.put_small(MANIFEST, documents[MANIFEST], create=True, check=staging.check_job)
 
     def _copy(self, name: str, pieces: Iterator[bytes]) -> StoredFile:
         """Upload a file of the source, a small one in one request.
@@ -310,18 +375,28 @@ class StoreDestination:
         if file is None or file.size != put.size:
             raise StagedObjectError(self.label, name, "is missing" if file is None else "has another size")
 
-    def _is_published(self, manifest: bytes) -> bool:
-        """Return True if the folder holds the manifest of this very result."""
-        file = self._client.head(MANIFEST)
-        return (
-            file is not None and file.size == len(manifest) and self._client.read_small(file, len(manifest)) == manifest
-        )
+    def _is_published(self, manifest: bytes, sizes: Mapping[str, int]) -> bool:
+        """Return True if the folder holds the manifest of this very result, and files of the right sizes."""
+        if self._holds(MANIFEST, manifest) is None:
+            return False
+        files = self._client.listing().files
+        return all(name in files and files[name].size == size for name, size in sizes.items())
 
-    def _forget(self, listing: StoreListing) -> None:
+    def _holds(self, name: str, data: bytes) -> StoredFile | None:
+        """Return a file if its content is ``data``."""
+        file = self._client.head(name)
+        if file is None or file.size != len(data) or self._client.read_small(file, len(data)) != data:
+            return None
+        return file
+
+    def _forget(self) -> None:
         """Delete the records of a published job, the job file first: without it, no run takes up the job again."""
         try:
+            listing = self._client.listing()
             if JOB_FILE in listing.files:
-                self._client.delete([JOB_FILE])
+                self._client.delete([JOB_FILE], self.staging.check_job)
             self._client.delete(records(listing))
+        except JobLostError:  # of another run, whose records they are
+            return
         except StoreError as error:
             logger.warning("%s: complete, but %s could not be deleted: %s", self.label, RECORDS, error)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Version of both kinds of record."""
+RUN_FILE = f"{RECORDS}/run.json"
+"""Record of the newest run: its process, its start, and how it ended."""
+SHARD = ".safetensors"
 MAX_JOB_BYTES = 64 << 20
 """Size cap of a job file, in bytes; it has a name and a fingerprint for each file."""
 MAX_RECEIPT_BYTES = 64 << 20

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST
+from nemotron_fp8.checkpoint.inventory import CONFIG, INDEX, MANIFEST, is_plain_name
 from nemotron_fp8.destinations.store.job import (
     MAX_JOB_BYTES,
     MAX_RECEIPT_BYTES,
+    RUN_FILE,
+    SHARD,
     Job,
     StoreReceipt,
     parse_receipt,
@@ -19,7 +21,7 @@ from nemotron_fp8.progress import ignore_progress
 from nemotron_fp8.stores.listing import JOB_FILE, RECORDS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from nemotron_fp8.progress import Advance
     from nemotron_fp8.stores.client import StoreClient
@@ -30,6 +32,8 @@ WINDOW_BYTES = 32 << 20
 """Bytes of an object that are read for its digest at a time, in parallel pieces."""
 ANNOUNCING = (MANIFEST, CONFIG, INDEX)
 """Files by which a reader finds a result, the last one written first."""
+WITHDRAWN = b"{}\n"
+"""Content of a config.json that was withdrawn: no engine takes it for a model."""
 
 
 def job_path(client: StoreClient) -> str:
@@ -58,12 +62,15 @@ def records(listing: StoreListing) -> list[str]:
 
 
 def is_record(name: str) -> bool:
-    """Return True if a file is a record of a job."""
-    return name.startswith(f"{RECORDS}/")
+    """Return True if a file is a record of a job; no other file in their folder is touched."""
+    folder, _, record = name.partition("/")
+    return folder == RECORDS and (
+        name in (JOB_FILE, RUN_FILE) or (is_plain_name(record) and record.endswith(f"{SHARD}.json"))
+    )
 
 
 def read_receipts(
-    client: StoreClient, listing: StoreListing, job: str, shards: Collection[str]
+    client: StoreClient, listing: StoreListing, job: str, shards: Collection[str], digests: bool = True
 ) -> dict[str, StoreReceipt]:
     """Return the receipts of shards that are in a folder as they were uploaded.
 
@@ -74,6 +81,7 @@ def read_receipts(
         listing: the folder's files.
         job: id of the job.
         shards: names of the shards.
+        digests: whether a receipt without a digest counts as none.
     """
 
     def read(view: StoreClient, name: str) -> StoreReceipt | None:
@@ -82,7 +90,9 @@ def read_receipts(
         except (ChangedObjectError, MissingObjectError):
             return None  # another run of the job writes it just now
         receipt = parse_receipt(data, job)
-        return receipt if receipt is not None and receipt.receipt.name == name else None
+        if receipt is None or receipt.receipt.name != name or (digests and receipt.receipt.sha256 is None):
+            return None
+        return receipt
 
     names = [name for name in shards if name in listing.files and receipt_path(name) in listing.files]
     found: dict[str, StoreReceipt] = {}
@@ -130,18 +140,40 @@ def digest_of_object(client: StoreClient, file: StoredFile, advance: Advance = i
     return hasher.hexdigest()
 
 
-def discard_result(client: StoreClient, listing: StoreListing, names: Iterable[str]) -> None:
+def withdraw(client: StoreClient, listing: StoreListing, check: Callable[[], None]) -> None:
+    """Let no reader find a result whose files change from here on.
+
+    config.json is replaced, not deleted: the replacement has a condition, so that one that arrives late cannot hit the
+    file of a later result.
+
+    Args:
+        client: client of the folder.
+        listing: the folder's files.
+        check: called before each request; raises an error if the folder belongs to another job.
+
+    Raises:
+        StoreConflictError: another run wrote config.json meanwhile.
+    """
+    if MANIFEST in listing.files:
+        client.delete([MANIFEST], check)
+    config = listing.files.get(CONFIG)
+    if config is not None and config.size != len(WITHDRAWN):
+        client.put_small(CONFIG, WITHDRAWN, replacing=config, check=check)
+
+
+def discard_result(client: StoreClient, listing: StoreListing, names: Iterable[str], check: Callable[[], None]) -> None:
     """Delete files of an unfinished result; first those by which a reader finds it.
 
     Args:
         client: client of the folder.
         listing: the folder's files.
         names: the files, of which some may be missing.
+        check: called before each request; raises an error if the folder belongs to another job.
     """
     there = [name for name in names if name in listing.files]
     for name in ANNOUNCING:
         if name in there:
-            client.delete([name])
+            client.delete([name], check)
     rest = [name for name in there if name not in ANNOUNCING]
     if rest:
-        client.delete(rest)
+        client.delete(rest, check)

@@ -8,7 +8,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from nemotron_fp8.destinations.base import Staged
-from nemotron_fp8.destinations.store.ordered_bytes import WAITING_BYTES, OrderedBytes, StoppedError
+from nemotron_fp8.destinations.store.ordered_bytes import AHEAD_BYTES, WAITING_BYTES, OrderedBytes, StoppedError
 from nemotron_fp8.errors import WriteError
 from nemotron_fp8.errors.store_results import UploadBrokenError
 from nemotron_fp8.errors.stores import StoreNoProgressError, StoreUploadError
@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 
 CLIENT_BYTES = 40 << 20
 """Memory of obstore itself and of the pieces that are written at one moment, as measured on two cores."""
-UPLOAD_BYTES = WAITING_BYTES + (UPLOADS + 1) * PART + CLIENT_BYTES
-"""Memory of the upload of one shard: bytes that wait, parts in flight, and the client.
-
-Bytes that come out of order, as from engines with many threads for a moment, take up to `AHEAD_BYTES` more.
-"""
+UPLOAD_BYTES = WAITING_BYTES + (UPLOADS + 1) * PART + AHEAD_BYTES + CLIENT_BYTES
+"""Most memory of the upload of one shard: bytes that wait, parts in flight, bytes out of order, and the client."""
 STOP_SECONDS = 5.0
 """Longest wait for an upload that is given up; its thread does not keep the process alive."""
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.destinations.journal import Terms
-from nemotron_fp8.destinations.status import Finished, Pace, Status, advice_for
-from nemotron_fp8.destinations.store.job import receipt_path
+from nemotron_fp8.destinations.lock_record import MAX_BYTES as MAX_RECORD_BYTES
+from nemotron_fp8.destinations.lock_record import LockRecord
+from nemotron_fp8.destinations.status import Finished, Pace, Status, advice_for, life_of
+from nemotron_fp8.destinations.store.job import RUN_FILE, receipt_path
 from nemotron_fp8.destinations.store.prefix import job_path, own_files, read_job
 from nemotron_fp8.documents.manifest import parse_manifest
 from nemotron_fp8.errors.stores import ChangedObjectError, MissingObjectError
@@ -24,7 +26,9 @@ TRIES = 3
 
 
 def store_status(client: StoreClient, named: str) -> Status:
-    """Return the state of a folder in a store as a destination. One listing is read, and the job file or the manifest.
+    """Return the state of a folder in a store as a destination.
+
+    One listing is read, and the records of job and run, or the manifest.
 
     Args:
         client: client of the folder.
@@ -80,17 +84,31 @@ def _unfinished(client: StoreClient, listing: StoreListing, named: str) -> Statu
     terms = Terms.of(job.terms, job_path(client))
     shards = {name: size for name, size in job.files.items() if name.endswith(".safetensors")}
     receipts = {name: listing.files.get(receipt_path(name)) for name in shards if name in listing.files}
+    # Receipts of a discarded run are older than the job file that replaced its own.
+    counted = {} if job.discard else {name: record for name, record in receipts.items() if record}
     finished = sorted(
-        (Finished(name, listing.file(name).size, record.modified) for name, record in receipts.items() if record),
+        (
+            Finished(name, listing.file(name).size, record.modified)
+            for name, record in counted.items()
+            if record.modified >= begun.modified
+        ),
         key=lambda shard: shard.at or 0.0,
     )
+    run = _newest_run(client, listing)
+    state, process = life_of(run)
+    # The record of a run is written by the clock of the store, like the receipts.
+    start = listing.file(RUN_FILE).modified if RUN_FILE in listing.files else begun.modified
+    if run is not None and run.ended is not None and run.since is not None:
+        start -= run.ended - run.since  # the record was replaced at the end of the run
+    this_run = [shard for shard in finished if (shard.at or 0.0) >= start]
     done = sum(shard.size for shard in finished)
     left = len(shards) - len(finished), sum(shards.values()) - sum(shards[shard.name] for shard in finished)
-    pace = Pace.of(begun.modified, finished)
+    pace = Pace.of(start, this_run)
     status = Status(
         named,
         "store",
-        "unknown",
+        state,
+        process,
         shards_done=len(finished),
         shards_total=len(shards),
         bytes_done=done,
@@ -104,5 +122,18 @@ def _unfinished(client: StoreClient, listing: StoreListing, named: str) -> Statu
         recipe=terms.recipe,
         plan=terms.plan,
         version=terms.version,
+        command=run.command if run else "",
+        error=run.error if run else "",
     )
     return replace(status, advice=advice_for(status))
+
+
+def _newest_run(client: StoreClient, listing: StoreListing) -> LockRecord | None:
+    """Return the record of the newest run; None if it is missing, or is none."""
+    file = listing.files.get(RUN_FILE)
+    if file is None or file.size > MAX_RECORD_BYTES:
+        return None
+    try:
+        return LockRecord.parse(client.read_small(file, MAX_RECORD_BYTES))
+    except (ChangedObjectError, MissingObjectError):  # another run has begun, or has ended
+        return None
