@@ -109,7 +109,7 @@ def test_settings_that_cannot_be_used(
 
 
 def test_a_panic_of_the_client_is_an_error_of_settings() -> None:
-    """What is not checked before use, such as a token that is read from a file."""
+    """Some settings are not checked before use: a token that is read from a file."""
     kind = type("PanicException", (BaseException,), {})
     with pytest.raises(StoreSettingsError, match="AWS_REGION") as refused, no_panic(StoreAddress("s3", "bucket")):
         raise kind(CANARY)
