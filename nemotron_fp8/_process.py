@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Life = Literal["alive", "suspended", "ended", "unknown"]
 """State of a process: suspended by a signal (SIGSTOP, Ctrl-Z), or unknown because it runs on another system."""
@@ -22,6 +26,24 @@ def boot() -> str:
         return _short(Path("/proc/sys/kernel/random/boot_id").read_bytes())
     except OSError:
         return ""
+
+
+def machine() -> str:
+    """Return a digest that differs between machines, and that a boot does not change; empty if there is none."""
+    for name in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        with suppress(OSError):
+            if found := Path(name).read_bytes().strip():
+                return _short(found)
+    return ""
+
+
+def booted() -> int | None:
+    """Return the time of the boot in seconds since 1970; None if the system does not report it."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/stat").read_bytes().splitlines():
+            if line.startswith(b"btime "):
+                return int(line[6:26])
+    return None
 
 
 def system() -> str:
@@ -72,6 +94,8 @@ class ProcessRecord:
         system: digest of its boot and its process namespace; empty if it was not recorded.
         boot: digest of its boot; empty if it was not recorded.
         start: its start time in clock ticks since the boot; None if it was not recorded.
+        machine: digest of its machine; empty if it was not recorded.
+        booted: time of its boot in seconds since 1970; None if it was not recorded.
     """
 
     pid: int
@@ -79,15 +103,18 @@ class ProcessRecord:
     system: str = ""
     boot: str = ""
     start: int | None = None
+    machine: str = ""
+    booted: int | None = None
 
     @classmethod
     def own(cls) -> ProcessRecord:
         """Return the record of this process."""
-        return cls(os.getpid(), socket.gethostname(), system(), boot(), start_of(os.getpid()))
+        pid = os.getpid()
+        return cls(pid, socket.gethostname(), system(), boot(), start_of(pid), machine(), booted())
 
     def entry(self) -> dict[str, Any]:
         """Return the record as JSON values."""
-        return {"pid": self.pid, "host": self.host, "system": self.system, "boot": self.boot, "start": self.start}
+        return asdict(self)
 
     @classmethod
     def parse(cls, entry: dict[str, Any]) -> ProcessRecord:
@@ -96,13 +123,13 @@ class ProcessRecord:
         Raises:
             TypeError, LookupError: the record is malformed.
         """
-        pid, host, start = entry["pid"], entry["host"], entry.get("start")
-        names = entry.get("system", ""), entry.get("boot", "")
+        pid, host, start, booted = entry["pid"], entry["host"], entry.get("start"), entry.get("booted")
+        names = [entry.get(key, "") for key in ("system", "boot", "machine")]
         if type(pid) is not int or type(host) is not str or any(type(name) is not str for name in names):
             raise TypeError("not a process")
-        if start is not None and type(start) is not int:
+        if any(time is not None and type(time) is not int for time in (start, booted)):
             raise TypeError("not a start time")
-        return cls(pid, host, *names, start)
+        return cls(pid, host, names[0], names[1], start, names[2], booted)
 
     def life(self) -> Life:
         """Return the state of the process as far as this system can know it.
@@ -112,9 +139,9 @@ class ProcessRecord:
         """
         if self.host != socket.gethostname():
             return "unknown"
-        if self.system and self.system != system():
-            # Another boot of the host has ended all its processes; another namespace of this boot cannot be seen.
-            return "ended" if self.boot and boot() and self.boot != boot() else "unknown"
+        if self.system != system():
+            # Another namespace of this boot cannot be seen, and other machines may have the same host name.
+            return "ended" if self._of_earlier_boot() else "unknown"
         if not 0 < self.pid < 1 << 31 or not is_alive(self.pid):
             return "ended"
         now = start_of(self.pid)
@@ -128,6 +155,18 @@ class ProcessRecord:
             return "ended"
         return _TICKS.get(letter, "alive")  # type: ignore[return-value]  # its values are of this type
 
+    def _of_earlier_boot(self) -> bool:
+        """Return True if the process ran in an earlier boot of this very machine, which has ended all processes."""
+        now = booted()
+        return (
+            self.boot != boot()
+            and self.machine != ""
+            and self.machine == machine()
+            and self.booted is not None
+            and now is not None
+            and self.booted < now
+        )
+
 
 stopping = Event()
 """Set when a signal has told the command to end: threads stop, and waits for servers are cut short.
@@ -135,14 +174,25 @@ stopping = Event()
 A program that uses the library handles its signals itself; the library never sets the event."""
 
 
+RESTART = "--restart"
+"""Option that discards what is finished: a command that is to resume must not have it."""
+PREFIX = "NEMOTRON_FP8_"
+"""Start of the names of all variables of the environment that set options."""
+
+
 class _Command:
     """The command that this process runs, for the records of its runs.
 
     Attributes:
-        line: the command as a shell takes it; empty in a program that uses the library.
+        line: the command as a shell takes it, without what may be a credential; empty in a program that uses the
+            library.
+        folder: the current folder at its start.
+        variables: variables of the environment that set its options, without what may be a credential.
     """
 
     line: str = ""
+    folder: str = ""
+    variables: Mapping[str, str] = {}  # replaced, not changed
 
 
 command = _Command()

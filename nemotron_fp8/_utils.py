@@ -13,7 +13,9 @@ from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
 
 from nemotron_fp8._process import stopping
+from nemotron_fp8._secrets import holds_credentials, masked
 from nemotron_fp8.errors import RecipeError, excerpt
+from nemotron_fp8.errors.stores import StoreAddressError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -77,6 +79,9 @@ ARGUMENTS: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 """Arguments of the public functions and of `HubOptions`: the check of each, and the values that pass."""
 
+PLACES = ("source", "path", "destination", "first", "second")
+"""Arguments that may be addresses."""
+
 BYTES = ("max_memory", "max_device_memory", "shard_size")
 """Arguments that are numbers of bytes; max_memory must not be None."""
 
@@ -95,6 +100,21 @@ def check_arguments(**arguments: object) -> None:
         fits, allowed = ARGUMENTS[name]
         if not fits(value):
             raise RecipeError(f"{name} is {shortened(value)}, not {allowed}", (name,))
+        if name in PLACES:
+            refuse_credentials(os.fspath(value))  # type: ignore[call-overload]  # a path, as `fits` says
+
+
+def refuse_credentials(place: str) -> None:
+    """Refuse an address with what may be a credential, before it is recorded or printed.
+
+    Raises:
+        StoreAddressError: the address has a user or a query. The address is masked.
+    """
+    # The Hub and the stores explain their own addresses.
+    explained = place.startswith(("hf://", "s3://", "gs://", "az://"))
+    if not explained and holds_credentials(place) and not os.path.lexists(place):
+        problem = "an address has no user and no query; credentials come from the environment"
+        raise StoreAddressError(masked(place), problem)
 
 
 UNITS = {"": 1, "b": 1}

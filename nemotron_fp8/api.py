@@ -236,6 +236,8 @@ def quantize_repo(
     if cluster is not None and (in_place or destination is None):
         raise RecipeError("a cluster needs a destination: a conversion in place runs on one machine only")
     if not in_place:
+        if destination is not None:
+            check_arguments(destination=destination)
         refuse_occupied(source, destination, overwrite)
     # The threads of a cluster are those of its tasks.
     own_threads = None if cluster else threads
@@ -248,7 +250,6 @@ def quantize_repo(
         if not in_place:
             if destination is None:
                 raise RecipeError("no destination; name one, or convert in place with in_place=True (--in-place)")
-            check_arguments(destination=destination)
             return _convert(source, destination, planner, workers, options, shard_size)
         if destination is not None or overwrite or shard_size is not None:
             raise RecipeError("a conversion in place takes no destination, no overwrite and no shard size")

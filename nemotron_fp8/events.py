@@ -12,6 +12,8 @@ import os
 import time
 from typing import TYPE_CHECKING, TypeVar
 
+from nemotron_fp8._secrets import masked
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -105,7 +107,7 @@ def _place(value: object) -> str | list[str] | None:
     """Return a path or an address, or several, as JSON; None for anything else."""
     if isinstance(value, (str, os.PathLike)):
         path = os.fspath(value)
-        return path if isinstance(path, str) else os.fsdecode(path)
+        return masked(path if isinstance(path, str) else os.fsdecode(path))
     if isinstance(value, (list, tuple)):
         return [each for each in map(_place, value) if isinstance(each, str)]
     return None

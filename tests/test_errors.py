@@ -252,7 +252,7 @@ def test_built_in_bases() -> None:
 
 
 def test_permanent_errors_are_those_of_the_source_itself() -> None:
-    passing = {"ChangedObjectError", "SourceReadError", "SourceChangedError", "UnsteadyReadError"}
+    passing = {"ChangedObjectError", "MissingObjectError", "SourceReadError", "SourceChangedError", "UnsteadyReadError"}
     for kind in CLASSES:
         assert errors.is_permanent(make(kind)) == (
             issubclass(kind, errors.SourceError) and kind.__name__ not in passing

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from nemotron_fp8._process import command as running
+from nemotron_fp8._secrets import masked
 from nemotron_fp8._utils import listed, plain_path, shell_word
 from nemotron_fp8.cli.environment import (
     has_unknown,
@@ -169,6 +171,7 @@ class Command(click.Command):
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
+        running.variables = {name: masked(value) for _, name, value in taken(ctx)}
         _start_monitor(ctx)
         _choose_loudness(ctx)
         if not ctx.params.get("quiet"):
@@ -241,7 +244,7 @@ def _note_variables(ctx: click.Context) -> None:
     """Note the options that the environment sets, and variables that look like those of an option."""
     from nemotron_fp8.cli.output import note
 
-    used = [f"{name}={value}" for _, name, value in taken(ctx)]
+    used = [f"{name}={value}" for name, value in running.variables.items()]
     if used:
         note(f"note: from the environment: {', '.join(used)}")
     group = ctx.find_root().command

@@ -14,7 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from nemotron_fp8._process import RESTART
 from nemotron_fp8._process import command as running
+from nemotron_fp8._secrets import masked_words
 from nemotron_fp8.cli import monitor, streams
 from nemotron_fp8.cli.signals import Signals, word_of
 from nemotron_fp8.cli.streams import silence
@@ -40,8 +42,9 @@ def silence_numpy() -> None:
 def again() -> str:
     """Return the advice after an interruption; other commands have nothing to resume."""
     if sys.argv[1:2] and sys.argv[1] in ("quantize", "convert", "dequantize", "calibrate", "evaluate"):
-        # --restart would discard what is finished.
-        without = ", without --restart," if "--restart" in sys.argv else ""
+        given = [RESTART] if RESTART in sys.argv else []
+        given += [name for name in running.variables if name.endswith("_RESTART")]
+        without = f", without {' and '.join(given)}," if given else ""
         return f"run the same command again{without} to resume"
     return "run the command again"
 
@@ -74,10 +77,11 @@ def _last_words(number: int) -> None:
 def run(command: click.Command) -> None:
     """Run a command; end the process with one ``error:`` line and an exit code if it fails."""
     streams.prepare()
-    running.line = shlex.join(["nemotron-fp8", *sys.argv[1:]])
+    running.folder, running.variables = "", {}
+    running.line = shlex.join(["nemotron-fp8", *masked_words(sys.argv[1:], os.environ)])
     monitor.begin()
     try:
-        Path.cwd()
+        running.folder = str(Path.cwd())
     except OSError:  # libraries look it up when they are imported
         fail("the current folder was deleted, or is not accessible; change to another folder")
     signals = Signals(_last_words)

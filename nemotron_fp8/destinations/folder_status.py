@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._filesystem import JOURNAL, LOCK, OUT, WORK, WORKING, is_stale, names_in
+from nemotron_fp8._secrets import masked
 from nemotron_fp8._utils import plain_path, shell_word
 from nemotron_fp8.checkpoint.inventory import MANIFEST, MARKER, is_plain_name
 from nemotron_fp8.destinations.folder import partial_path
 from nemotron_fp8.destinations.journal import Terms, read_journal
 from nemotron_fp8.destinations.lock_record import read_record, time_of
 from nemotron_fp8.destinations.partial_folder import RESULT
-from nemotron_fp8.destinations.status import Finished, Pace, Status, advice_for, life_of, total_of
+from nemotron_fp8.destinations.status import Finished, Pace, Status, advice_for, in_future, life_of, total_of
 from nemotron_fp8.documents.manifest import manifest_bytes, parse_manifest
 from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.destination import DamagedJournalError
@@ -151,7 +152,7 @@ def _unfinished(working: Path, path: Path, named: str, kind: Kind) -> Status | N
         seconds_left=pace.left(
             status.shards_left, status.bytes_left, status.idle_seconds if state == "running" else None
         ),
-        advice=advice_for(status),
+        advice=advice_for(status, record),
         notices=_notices(working, path, status, entries),
     )
 
@@ -169,7 +170,13 @@ def _without_journal(
     status = Status(named, kind, state, process, last=record.since if record else None)
     command, error = (record.command, record.error) if record else ("", "")
     status = replace(status, command=command, error=error if state == "stopped" else "")
-    return replace(status, advice=advice_for(status), notices=("the journal does not exist yet",))
+    size = _size_of(working / JOURNAL)
+    notice = "the journal does not exist yet"
+    if size is not None:
+        notice = (
+            f"the journal ({size:,} bytes) has no complete entry: nothing is finished, and the next run begins it anew"
+        )
+    return replace(status, advice=advice_for(status, record), notices=(notice,))
 
 
 def _of_journal(path: Path, entries: Sequence[Mapping[str, Any]]) -> Status:
@@ -204,7 +211,7 @@ def _of_journal(path: Path, entries: Sequence[Mapping[str, Any]]) -> Status:
         bytes_total=sum(sizes.values()) if sizes else None,
         measured=0 if done else len(measured),
         last=last,
-        source=source,
+        source=masked(source),
         recipe=dict(terms.recipe),
         plan=terms.plan,
         version=terms.version,
@@ -271,6 +278,8 @@ def _changed(path: Path) -> float | None:
 def _notices(working: Path, path: Path, status: Status, entries: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return what a run that resumes will find besides the journal."""
     notices = []
+    if in_future(status.last):
+        notices.append("the journal has a time that is still to come: a clock is wrong, so the speed is unknown")
     if any(entry.get("kind") == "publish" for entry in entries):
         notices.append("all shards are finished, and the publication has begun")
     if status.state == "stopped":

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fp8._process import ProcessRecord, command
+from nemotron_fp8._process import PREFIX, RESTART, ProcessRecord, command
+from nemotron_fp8._secrets import masked, masked_words
 from nemotron_fp8.errors import excerpt, printable
 from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.guard import guarded
 from nemotron_fp8.untrusted.regular_files import descriptor_of, read_descriptor
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Mapping
+
 
 MAX_BYTES = 1 << 16
 MAX_COMMAND, MAX_ERROR = 2000, 500
@@ -39,6 +43,8 @@ class LockRecord:
         ended: time of its end; None while it runs, and after a kill.
         error: class and message of the error that ended it; empty without an error.
         command: the command that began it; empty if a program called the library.
+        folder: the current folder of the command; empty if it was not recorded.
+        variables: variables of the environment that set its options.
     """
 
     process: ProcessRecord
@@ -46,12 +52,22 @@ class LockRecord:
     ended: float | None = None
     error: str = ""
     command: str = ""
+    folder: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def begun(cls) -> LockRecord:
         """Return the record of a run that this process begins."""
-        line = command.line if len(command.line) <= MAX_COMMAND else ""
-        return cls(ProcessRecord.own(), now(), command=line)
+        parts = [command.line, command.folder, *command.variables, *command.variables.values()]
+        if not command.line or sum(map(len, parts)) > MAX_COMMAND:  # a part of it would be another command
+            return cls(ProcessRecord.own(), now())
+        return cls(
+            ProcessRecord.own(),
+            now(),
+            command=command.line,
+            folder=command.folder,
+            variables=dict(command.variables),
+        )
 
     def over(self, error: BaseException | None) -> LockRecord:
         """Return the record after the end of the run."""
@@ -66,7 +82,7 @@ class LockRecord:
     def entry(self) -> dict[str, Any]:
         """Return the record as JSON values."""
         more = {"since": self.since, "ended": self.ended, "error": self.error, "command": self.command}
-        return {**self.process.entry(), **more}
+        return {**self.process.entry(), **more, "folder": self.folder, "variables": dict(self.variables)}
 
     @classmethod
     def parse(cls, data: bytes) -> LockRecord | None:
@@ -74,14 +90,52 @@ class LockRecord:
         with suppress(OSError, ValueError), guarded(ValueError):
             entry = strict_json.load_object(data, "lock", lambda _, problem: ValueError(problem))
             since, ended = (time_of(entry.get(key)) for key in ("since", "ended"))
-            error, line = (str(entry.get(key, ""))[:MAX_COMMAND] for key in ("error", "command"))
-            return cls(ProcessRecord.parse(entry), since, ended, error, line)
+            error, line, folder = (str(entry.get(key, ""))[:MAX_COMMAND] for key in ("error", "command", "folder"))
+            variables = entry.get("variables", {})
+            if type(variables) is not dict or not all(
+                type(value) is str and name.startswith(PREFIX) and name.isidentifier()
+                for name, value in variables.items()
+            ):
+                variables = {}
+            return cls(ProcessRecord.parse(entry), since, ended, error, _shown(line), folder, variables)
         return None
+
+    def again(self) -> str:
+        """Return what a shell takes to resume: folder, variables and command, without `RESTART`; empty if unknown.
+
+        The folder is left out if it is the current one.
+        """
+        words = [word for word in shlex.split(self.command) if word != RESTART]
+        if not words:
+            return ""
+        settings = [
+            f"{name}={shlex.quote(masked(value))}"
+            for name, value in self.variables.items()
+            if not name.endswith(RESTART.removeprefix("--").upper())
+        ]
+        line = " ".join([*settings, shlex.join(words)])
+        return line if self.folder in ("", _here()) else f"cd {shlex.quote(self.folder)} && {line}"
 
     @property
     def owner(self) -> str:
         """The process in words."""
         return f"process {excerpt(self.process.pid)} on {printable(self.process.host, 100)[1:-1]}"
+
+
+def _shown(line: str) -> str:
+    """Return a recorded command without what may be a credential; empty if it is not one command of this package."""
+    with suppress(ValueError):
+        words = shlex.split(line)
+        if words[:1] == ["nemotron-fp8"] and shlex.join(words) == line:
+            return shlex.join(masked_words(words, {}))
+    return ""
+
+
+def _here() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return ""
 
 
 def now() -> float:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemotron_fp8._display import Part, display, one_line
+from nemotron_fp8._process import RESTART
 from nemotron_fp8._utils import format_bytes
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ State = Literal["none", "running", "stopped", "unknown", "complete"]
 Kind = Literal["", "folder", "in-place", "hub", "store", "evaluation"]
 RECENT = 8
 """Shards whose times decide the recent speed."""
+SKEW = 60.0
+"""Most seconds between the clocks of two systems that share a disk."""
 _NUMBERED = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.safetensors")
 AGAIN = "run the same command again to resume"
 
@@ -197,9 +200,8 @@ class Pace:
         """
         times = [start, *(shard.at for shard in finished)]
         known = [at for at in times if at is not None]
-        if (
-            len(known) < len(times) or len(known) < 2 or known != sorted(known)
-        ):  # a clock that was set back tells nothing
+        # A clock that was set back, or is wrong, tells nothing.
+        if len(known) < len(times) or len(known) < 2 or known != sorted(known) or in_future(known[-1]):
             return cls()
         seconds = known[-1] - known[0]
         recent = finished[-RECENT:]
@@ -225,6 +227,11 @@ class Pace:
         return max(0.0, seconds - (idle or 0.0))
 
 
+def in_future(at: float | None) -> bool:
+    """Return True for a time that no clock can have recorded yet, but for a small difference between two clocks."""
+    return at is not None and at > time.time() + SKEW
+
+
 def total_of(names: Iterable[str]) -> int | None:
     """Return the number of shards that some of their names state (``-00001-of-00008``); None if they state none."""
     found = {int(match.group(2)) for name in names if (match := _NUMBERED.search(name))}
@@ -246,8 +253,8 @@ def life_of(record: LockRecord | None) -> tuple[State, RunProcess | None]:
     return "running", replace(process, suspended=life == "suspended")
 
 
-def advice_for(status: Status) -> str:
-    """Return what to do next, in words."""
+def advice_for(status: Status, record: LockRecord | None = None) -> str:
+    """Return what to do next, in words, with the command of a record that resumes."""
     if status.state == "running":
         process = status.process
         if process is not None and process.suspended:
@@ -260,4 +267,8 @@ def advice_for(status: Status) -> str:
             f"whether process {status.process.pid} on {status.process.host} is alive cannot be known here: ask there,"
             f" and if it has ended, {AGAIN}"
         )
-    return f"{AGAIN}: {status.command}" if status.command else AGAIN
+    line = record.again() if record is not None else ""
+    if not line:
+        return AGAIN
+    dropped = f", without {RESTART}," if RESTART in status.command.split() else ""
+    return f"run the same command again{dropped} to resume: {line}"

@@ -215,5 +215,5 @@ class SourceChangedError(SourceError):
     after: int
     message = (
         "{file}: changed during the read ({before:,} bytes when opened, {after:,} now); run again when the file is"
-        " complete"
+        " complete, with --restart (restart=True) if shards of the files before are finished"
     )

@@ -90,6 +90,7 @@ class MissingObjectError(StoreError, SourceError):
         file: its name.
     """
 
+    permanent = False
     file: str
     message = "{store}: {file!a} was deleted after it was listed; is something else writing there? Run again"
 
@@ -114,7 +115,10 @@ class ChangedObjectError(StoreError, SourceError):
 
     permanent = False
     file: str
-    message = "{store}: {file!a} was replaced after it was listed; is something else writing there? Run again"
+    message = (
+        "{store}: {file!a} was replaced after it was listed; is something else writing there? Run again when it has"
+        " ended, with --restart (restart=True) if shards of the files before are finished"
+    )
 
 
 class StoreListingError(StoreError, SourceError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from nemotron_fp8._secrets import masked
 from nemotron_fp8.errors.hub import AddressError
 
 SCHEME = "hf://"
@@ -51,6 +52,7 @@ def parse_address(text: str) -> Address:
     Raises:
         AddressError: text is not an address, or would mean something else as part of a URL.
     """
+    _refuse_credentials(text)
     rest = text.removeprefix(SCHEME)
     repo, at, revision = rest.partition("@")
     owner, slash, name = repo.partition("/")
@@ -64,6 +66,12 @@ def parse_address(text: str) -> Address:
     return Address(repo, revision if at else None)
 
 
+def _refuse_credentials(text: str) -> None:
+    """Raise AddressError, without them, for a text that may hold credentials."""
+    if (shown := masked(text)) != text:
+        raise AddressError(shown, "an address has no user and no query; a token comes from the environment")
+
+
 def parse_target(text: str) -> Address | None:
     """Parse a destination; return None for a folder.
 
@@ -73,6 +81,7 @@ def parse_target(text: str) -> Address | None:
     """
     if not is_address(text):
         if _ALMOST.match(text):
+            _refuse_credentials(text)
             raise AddressError(text, "neither an address nor a folder; write a folder as ./NAME")
         return None
     address = parse_address(text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._filesystem import JOURNAL, LOCK, OUT
 from nemotron_fp8.destinations.lock_record import read_record, time_of
-from nemotron_fp8.destinations.status import Pace, Status, advice_for, life_of
+from nemotron_fp8.destinations.status import Pace, Status, advice_for, in_future, life_of
 from nemotron_fp8.errors import EvaluationStateError
 from nemotron_fp8.untrusted import strict_json
 from nemotron_fp8.untrusted.guard import guarded
@@ -68,8 +68,9 @@ def saved_status(folder: Path, named: str) -> Status:
         command=record.command if record else "",
         error=record.error if record and state == "stopped" else "",
     )
-    seconds = None if saved is None or begun is None or saved <= begun else saved - begun
+    known = saved is not None and begun is not None and begun < saved and not in_future(saved)
+    seconds = saved - begun if known else None  # type: ignore[operator]  # known
     pace = Pace(seconds, shards_per_second=(layers - first) / seconds if seconds else None)
     idle = status.idle_seconds if state == "running" else None
     left = pace.left(status.shards_left, None, idle)
-    return replace(status, seconds=seconds, seconds_left=left, advice=advice_for(status))
+    return replace(status, seconds=seconds, seconds_left=left, advice=advice_for(status, record))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemotron_fp8._utils import refuse_credentials
 from nemotron_fp8.checkpoint.inventory import CONFIG, assemble, is_adapter, make_shard, without_remnants
 from nemotron_fp8.errors import RecipeError, SourceNotFoundError, SourceReadError
 from nemotron_fp8.sources.base import Source, local_stamps, parse_shard_size, refuse_shard_size
@@ -57,6 +58,7 @@ def open_source(
 
     options = as_hub_options(hub)
     text = os.fspath(source)
+    refuse_credentials(text)
     text = local_path(text) or text
     if is_store(text):
         from nemotron_fp8.sources.store import open_store

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from nemotron_fp8._secrets import masked
 from nemotron_fp8.errors.stores import StoreAddressError
 
 SCHEMES = ("s3", "gs", "az")
@@ -16,8 +17,6 @@ MAX_NAME = 255
 """Bytes that a folder leaves for the names of files in it."""
 _BUCKET = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,220}[A-Za-z0-9])?")
 _STORE = re.compile(r"(?:s3|gs|az):/", re.IGNORECASE)
-_USER = re.compile(r"(?<=//)[^/]*@")
-_QUERY = re.compile(r"[?#].*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +87,8 @@ def parse_store(text: str) -> StoreAddress:
     if "?" in rest or "#" in rest:
         raise StoreAddressError(shown, "an address has no query; credentials come from the environment")
     bucket, _, prefix = rest.partition("/")
-    if "@" in bucket:
-        raise StoreAddressError(shown, "an address has no user; credentials come from the environment")
+    if "@" in bucket or ":" in bucket:
+        raise StoreAddressError(shown, "an address has no user and no port; credentials come from the environment")
     if not _BUCKET.fullmatch(bucket) or ".." in bucket:
         raise StoreAddressError(shown, f"{bucket!a} is not the name of a {_KINDS[scheme]}")
     prefix = prefix.removesuffix("/")
@@ -117,8 +116,3 @@ def why_unusable(key: str) -> str | None:
     except UnicodeEncodeError:
         return "a name is not text"
     return None
-
-
-def masked(text: str) -> str:
-    """Return an address with what may be a credential replaced: a user, and a query."""
-    return _QUERY.sub("?...", _USER.sub("...@", text))

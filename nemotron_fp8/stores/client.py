@@ -7,6 +7,7 @@ finds them in its environment when it makes its first request.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import time
@@ -29,7 +30,7 @@ from nemotron_fp8.errors.stores import (
     UnconditionalStoreError,
 )
 from nemotron_fp8.stores.address import why_unusable
-from nemotron_fp8.stores.connection import connect
+from nemotron_fp8.stores.connection import connect, no_panic
 from nemotron_fp8.stores.failures import (
     AbsentError,
     ExistsError,
@@ -60,6 +61,8 @@ PART = 8 << 20
 """Bytes of a part of an upload, unless a file would need more than `MAX_PARTS`."""
 MAX_PARTS = 10_000
 """Most parts of an upload to S3 and GCS; Azure has 50,000."""
+PAGE_SECONDS = 300.0
+"""Longest time for a page of a listing, with the empty pages before it."""
 MAX_TRANSFERS = 3
 """Transfers of a small file that may differ from its entity tag."""
 STEP = 0.5
@@ -155,7 +158,12 @@ class StoreClient:
     def _retry(self, context: StoreContext, attempt: Callable[[Any, Callable[[], None]], T]) -> T:
         """Call ``attempt(store, progressed)`` until it succeeds, as `RetryPolicy.run`."""
         store = self._connections.get(self.address, self.timeout, upload=False)
-        return self.policy.run(context, lambda progressed: attempt(store, progressed), self.on_wait, self.cancel)
+
+        def guarded(progressed: Callable[[], None]) -> T:
+            with no_panic(self.address):
+                return attempt(store, progressed)
+
+        return self.policy.run(context, guarded, self.on_wait, self.cancel)
 
     def context(self, action: str, file: str | None = None, *, writes: bool = False) -> StoreContext:
         """Return the context of a request."""
@@ -168,15 +176,12 @@ class StoreClient:
             StoreListingError: there are more than `MAX_FILES` files, or names that no file has.
             StoreError: the listing cannot be read; the class names the reason.
         """
-        import obstore
-
         label = str(self.address)
 
         def attempt(store: Any, progressed: Callable[[], None]) -> dict[str, StoredFile]:
             files: dict[str, StoredFile] = {}
             listed = 0
-            for page in obstore.list(store, self.address.prefix or None, chunk_size=PAGE):
-                check_canceled(self.cancel)
+            for page in self._pages(store):
                 for meta in page:
                     file = self._listed(meta)
                     if file is not None:
@@ -188,6 +193,30 @@ class StoreClient:
             return files
 
         return StoreListing(self.address, self._retry(self.context("list the files"), attempt))
+
+    def _pages(self, store: Any) -> Iterator[Sequence[Mapping[str, Any]]]:
+        """Yield the pages of a listing.
+
+        obstore joins empty pages to the next one and does not return meanwhile. It therefore runs in another thread,
+        where its requests can be aborted.
+
+        Raises:
+            StoreListingError: no file came within `PAGE_SECONDS`.
+        """
+        import obstore
+
+        pages = obstore.list(store, self.address.prefix or None, chunk_size=PAGE)
+        over = _Linked(self.cancel)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="store")
+        try:
+            while True:
+                page = pool.submit(asyncio.run, _next_page(str(self.address), pages, over, PAGE_SECONDS)).result()
+                if page is None:
+                    return
+                yield page
+        finally:
+            over.set()
+            shut_down(pool)
 
     def _listed(self, meta: Mapping[str, Any]) -> StoredFile | None:
         """Return a file of a listing; None for a marker of a folder.
@@ -251,7 +280,7 @@ class StoreClient:
             if position == stop:
                 return
             options: dict[str, Any] = {"range": (position, stop)}
-            if file.etag is not None:
+            if file.etag is not None and not file.etag.startswith(_WEAK):  # a weak tag matches no condition
                 options["if_match"] = file.etag
             result = obstore.get(store, self.address.key(file.name), options=options)  # type: ignore[arg-type]
             self._check(result, file, position, stop)
@@ -278,7 +307,7 @@ class StoreClient:
             UnexpectedAnswerError: another range than requested.
         """
         meta = result.meta
-        if meta["size"] != file.size or (file.etag is not None and _quoted(meta["e_tag"]) not in (None, file.etag)):
+        if meta["size"] != file.size or not same_tag(file.etag, meta["e_tag"]):
             raise ChangedObjectError(str(self.address), file.name)
         if tuple(result.range) != (start, stop):
             raise UnexpectedAnswerError("another range than requested")
@@ -367,7 +396,7 @@ class StoreClient:
             StoreConflictError: it was replaced.
         """
         found = self.head(file.name)
-        if found is None or found.etag != file.etag:
+        if found is None or not same_tag(found.etag, file.etag):
             raise StoreConflictError(str(self.address), file.name)
         return found
 
@@ -451,23 +480,28 @@ class StoreClient:
         once = replace(self.policy, seconds=0.0)
 
         def attempt(_progressed: Callable[[], None]) -> Any:
-            return obstore.put(
-                store,
-                self.address.key(name),
-                feed(),
-                use_multipart=True,
-                chunk_size=part_size(size),
-                max_concurrency=UPLOADS,
-            )
+            with no_panic(self.address):
+                return obstore.put(
+                    store,
+                    self.address.key(name),
+                    feed(),
+                    use_multipart=True,
+                    chunk_size=part_size(size),
+                    max_concurrency=UPLOADS,
+                )
 
         try:
             written = once.run(self.context(f"write {name}", name, writes=True), attempt, None, self.cancel)
-        except BaseException:
+        except BaseException as error:
             if failure:  # obstore wraps it
                 raise failure[0] from None
+            if isinstance(error, ExistsError):
+                raise StoreUploadError(
+                    str(self.address), name, "the store answers that there is no such place"
+                ) from None
             raise
         found = self.head(name)
-        if found is None or found.size != size or found.etag not in (_quoted(written["e_tag"]), None):
+        if found is None or found.size != size or not same_tag(found.etag, written["e_tag"]):
             raise StoreUploadError(str(self.address), name, "gone or replaced right after it was written")
         return found
 
@@ -501,6 +535,37 @@ class StoreClient:
             obstore.delete(store, keys)
 
         self._retry(self.context(f"delete {names[0]}", names[0]), attempt)
+
+
+async def _next_page(label: str, pages: Any, over: Event, seconds: float) -> Any:
+    """Return the next page of a listing; None after the last.
+
+    Args:
+        label: address of the folder.
+        pages: stream of pages.
+        over: aborts the requests when set.
+        seconds: longest time.
+
+    Raises:
+        CanceledError: ``over`` is set.
+        StoreListingError: the time is over.
+    """
+    coming = asyncio.ensure_future(_awaited(pages.__anext__()))
+    end = time.monotonic() + seconds
+    while not coming.done():
+        await asyncio.wait((coming,), timeout=STEP)
+        if not coming.done() and (over.is_set() or time.monotonic() > end):
+            coming.cancel()
+            check_canceled(over)
+            raise StoreListingError(label, f"no file was listed in {seconds:.0f} s of pages")
+    return coming.result()
+
+
+async def _awaited(page: Any) -> Any:
+    try:
+        return await page
+    except StopAsyncIteration:
+        return None
 
 
 class _Linked(Event):
@@ -548,6 +613,13 @@ def _quoted(etag: str | None) -> str | None:
     return etag if etag is None or etag.endswith('"') else f'"{etag}"'
 
 
+def same_tag(first: str | None, second: str | None) -> bool:
+    """Return True unless two entity tags tell two versions apart. A proxy may make a tag weak, as in ``W/"tag"``."""
+    tags = {tag.removeprefix(_WEAK) for tag in map(_quoted, (first, second)) if tag is not None}
+    return len(tags) < 2
+
+
+_WEAK = "W/"
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?', re.ASCII)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ from nemotron_fp8.errors import MissingExtraError
 from nemotron_fp8.errors.stores import NoStoreCredentialsError, StoreSettingsError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from nemotron_fp8.stores.address import StoreAddress
 
 CONNECT = 20.0
@@ -71,8 +74,10 @@ def connect(address: StoreAddress, timeout: float, *, upload: bool) -> Any:
     if upload:
         retry = {"max_retries": UPLOAD_RETRIES, "retry_timeout": timedelta(seconds=UPLOAD_SECONDS)}
     make = {"s3": _s3, "gs": _gs, "az": _az}[address.scheme]
+    _check_variables(address)
     try:
-        return make(address, client, retry)
+        with no_panic(address):
+            return make(address, client, retry)
     except (NoStoreCredentialsError, StoreSettingsError):
         raise
     except Exception as error:  # of obstore, about a variable: its text may hold the value
@@ -85,6 +90,55 @@ _VARIABLES = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS and the other GOOGLE_ variables",
     "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ENDPOINT and the other AZURE_ variables",
 }
+
+
+_IN_REQUESTS = {
+    "s3": (
+        *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_TOKEN", "AWS_REGION"),
+        *("AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_PROXY_URL"),
+        *("AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_REQUEST_PAYER"),
+        *("AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_ROLE_ARN", "AWS_SSE_KMS_KEY_ID"),
+    ),
+    "gs": ("STORAGE_EMULATOR_HOST", "GOOGLE_PROXY_URL"),
+    "az": (
+        *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY"),
+        *("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_TOKEN", "AZURE_STORAGE_ENDPOINT"),
+        *("AZURE_ENDPOINT", "AZURE_CLIENT_ID", "AZURE_CLIENT_SECRET", "AZURE_TENANT_ID", "AZURE_PROXY_URL"),
+        *("AZURE_STORAGE_CLIENT_ID", "AZURE_STORAGE_CLIENT_SECRET", "AZURE_STORAGE_TENANT_ID"),
+    ),
+}
+"""Variables whose values become parts of requests, where no line can end."""
+
+
+def _check_variables(address: StoreAddress) -> None:
+    """Refuse values that no request can hold: the end of a line, as of a secret that was saved with one.
+
+    Raises:
+        StoreSettingsError: a variable has such a value, which is not shown.
+    """
+    for name in _IN_REQUESTS[address.scheme]:
+        value = os.environ.get(name, "")
+        if value != value.strip() or not value.isprintable():
+            problem = f"{name} has white space at an end, or unprintable characters, such as the end of a line"
+            raise StoreSettingsError(str(address), f"{problem}; set it without them")
+
+
+@contextmanager
+def no_panic(address: StoreAddress) -> Iterator[None]:
+    """Turn a panic inside obstore, which no ``except Exception`` catches, into an error of ours.
+
+    Raises:
+        StoreSettingsError: the settings, which obstore checks as it uses them, cannot be used.
+    """
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # its class is private to each library of Rust
+            raise
+        problem = "the client of the store broke down over the settings of the environment"
+        raise StoreSettingsError(str(address), f"{problem}; check {_VARIABLES[address.scheme]}") from None
 
 
 def _s3(address: StoreAddress, client: dict[str, Any], retry: dict[str, Any]) -> Any:
@@ -179,6 +233,7 @@ def _allow_http(address: StoreAddress, endpoint: str, name: str, permission: str
     try:
         parts = urlsplit(endpoint)
         host = parts.hostname or ""
+        port = parts.port  # noqa: F841  # raises ValueError unless it is one
     except ValueError:
         host, parts = "", urlsplit("")
     if parts.scheme not in ("http", "https") or not host or parts.username is not None or parts.query:

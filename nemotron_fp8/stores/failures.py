@@ -35,6 +35,8 @@ _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "Ser
 _OF_PROVIDER = re.compile(r"169\.254\.|metadata[./]|instance_profile|oauth2", re.IGNORECASE)
 """Addresses that give credentials to a machine."""
 _CREDENTIALS = re.compile(r"credential|token request", re.IGNORECASE)
+_NO_DATE = re.compile(r"year -?\d+ is out of range")
+"""Python's error about a time of a file, as obstore hands it on."""
 _DAMAGED = "XAmzContentSHA256Mismatch"
 """S3's code for a body with another digest than the request was signed with."""
 _UNEXPECTED = (
@@ -114,6 +116,8 @@ def classify(error: Exception, context: StoreContext) -> Retry | Exception:
     if isinstance(error, UnexpectedAnswerError):
         return Retry(str(error), unexpected=True)
     if not is_of_store(error):
+        if isinstance(error, ValueError) and _NO_DATE.fullmatch(str(error)[:SCANNED]):
+            return Retry("a time that no calendar has", unexpected=True)
         raise error
     text = str(error)[:SCANNED]
     kind = type(error).__name__
@@ -125,7 +129,7 @@ def classify(error: Exception, context: StoreContext) -> Retry | Exception:
 def is_of_store(error: Exception) -> bool:
     """Return True for an error of obstore, one of which is a built-in class."""
     return type(error).__module__.partition(".")[0] == "obstore" or (
-        isinstance(error, (FileNotFoundError, ValueError)) and "\n\nDebug source:\n" in str(error)
+        isinstance(error, (FileNotFoundError, ValueError, NotImplementedError)) and "\n\nDebug source:\n" in str(error)
     )
 
 
@@ -138,11 +142,14 @@ def _by_name(kind: str, code: str, text: str, context: StoreContext) -> Exceptio
     if kind == "FileNotFoundError" or code in ("NoSuchKey", "BlobNotFound"):
         if context.file is None:
             return MissingBucketError(context.store, context.bucket)
+        # A condition on the version of an object that is gone.
         return ExistsError() if context.writes else AbsentError()
     if kind == "AlreadyExistsError":
         return ExistsError()
     if kind == "PreconditionError":
         return ExistsError() if context.writes else ChangedObjectError(context.store, context.file or "a file")
+    if "conditional put is disabled" in text:
+        return UnconditionalStoreError(context.store, "AWS_CONDITIONAL_PUT switches them off")
     if kind in ("NotSupportedError", "NotImplementedError") or code == "NotImplemented":
         return UnconditionalStoreError(context.store, f"it answers {code or 'that it cannot'}")
     if kind == "InvalidPathError":

@@ -54,6 +54,30 @@ def test_a_stopped_run(
     assert (code, err, value["state"], value["shards_done"], value["shards_left"]) == (0, [], "stopped", 1, 1)
 
 
+def test_the_advice_for_a_command_repeats_its_settings(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a relative name, with a variable of the environment, and with --restart, which would discard the work."""
+    import nemotron_fp8.destinations.folder as module
+
+    def fail(*_: object, **__: object) -> None:
+        raise StoppedError
+
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path / "place")
+    monkeypatch.setenv("NEMOTRON_FP8_GRANULARITY", "tensor")
+    monkeypatch.setenv("NEMOTRON_FP8_TRACEBACK", "1")  # no option
+    monkeypatch.setattr(module.FolderDestination, "publish", fail)
+    with pytest.raises(StoppedError):
+        run(monkeypatch, capsys, "quantize", checkpoint, "out", "--restart", "-q")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NEMOTRON_FP8_GRANULARITY")
+    _, out, _ = run(monkeypatch, capsys, "status", "place/out")
+    (advice,) = [line[14:] for line in out.splitlines() if line.startswith("  next")]
+    line = f"cd {tmp_path / 'place'} && NEMOTRON_FP8_GRANULARITY=tensor nemotron-fp8 quantize {checkpoint} out -q"
+    assert advice == f"run the same command again, without --restart, to resume: {line}"
+
+
 def test_a_damaged_journal_is_one_line(
     checkpoint: Path, destination: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -221,20 +221,29 @@ def recorded(half: Path, **fields: object) -> None:
     assert read_record(half / "lock") == record
 
 
+OTHER_BOOT = {"boot": "0" * 8, "system": "1" * 8}
 OF_PROCESSES: dict[str, tuple[dict[str, object], str]] = {
     "this process": ({}, "running"),
     "a number that another process got": ({"start": 1}, "stopped"),
     "a number that no process has": ({"pid": 2**22 + 1}, "stopped"),
     "a number that no process can have": ({"pid": 2**80}, "stopped"),
     "another host": ({"host": "elsewhere"}, "unknown"),
-    "another boot of this host": ({"boot": "0" * 8, "system": "1" * 8}, "stopped"),
+    "an earlier boot of this machine": ({**OTHER_BOOT, "machine": "a" * 8, "booted": 1}, "stopped"),
+    "a machine of the same name": ({**OTHER_BOOT, "machine": "b" * 8, "booted": 1}, "unknown"),
+    "a machine that is not recorded": ({**OTHER_BOOT, "machine": "", "booted": 1}, "unknown"),
+    "a later boot of a copy of this machine": ({**OTHER_BOOT, "machine": "a" * 8, "booted": 1 << 40}, "unknown"),
+    "a record without a system, of a number that no process has": ({"pid": 2**22 + 1, "system": ""}, "unknown"),
     "another namespace of this boot": ({"system": "1" * 8}, "unknown"),
     "a record without a start, of a number that is in use": ({"start": None}, "unknown"),
 }
 
 
 @pytest.mark.parametrize("name", OF_PROCESSES)
-def test_only_the_very_process_is_called_running(half: Path, tmp_path: Path, name: str) -> None:
+def test_only_the_very_process_is_called_running(
+    half: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemotron_fp8._process.machine", lambda: "a" * 8)
+    monkeypatch.setattr("nemotron_fp8._process.booted", lambda: 1000)
     fields, state = OF_PROCESSES[name]
     recorded(half, **fields)
     found = status_of(tmp_path / "out")
@@ -562,3 +571,66 @@ def test_the_record_is_json(half: Path, tmp_path: Path) -> None:
     value = json.loads(json.dumps(found.as_dict()))
     assert value["shards_left"] == found.shards_left == 2
     assert value["process"]["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b'{"sum":"0'])
+def test_a_journal_without_an_entry_is_not_called_absent(half: Path, tmp_path: Path, content: bytes) -> None:
+    (half / "journal.jsonl").write_bytes(content)
+    (notice,) = status_of(tmp_path / "out").notices
+    assert notice.startswith(f"the journal ({len(content)} bytes) has no complete entry")
+    (half / "journal.jsonl").unlink()
+    assert status_of(tmp_path / "out").notices == ("the journal does not exist yet",)
+
+
+def test_a_time_in_the_future_makes_no_figures(half: Path, tmp_path: Path) -> None:
+    """The clock of another machine may be wrong by years; one of a shared disk differs by seconds."""
+    rewritten(half, lambda entry: {**entry, "time": time.time() + (1e8 if entry["kind"] == "shard" else -10)})
+    found = status_of(tmp_path / "out")
+    assert (found.bytes_per_second, found.recent_bytes_per_second, found.seconds_left) == (None, None, None)
+    assert "a clock is wrong" in " ".join(found.notices)
+    rewritten(half, lambda entry: {**entry, "time": time.time() + (5 if entry["kind"] == "shard" else -10)})
+    assert status_of(tmp_path / "out").bytes_per_second
+
+
+def again(half: Path, **fields: object) -> str:
+    """The advice for a run that was killed, with other fields in its record."""
+    entry = {**LockRecord.begun().entry(), "pid": 2**22 + 1, "command": "nemotron-fp8 quantize a b", **fields}
+    (half / "lock").write_text(json.dumps(entry))
+    found = status_of(half.with_name("out"))
+    assert found.state == "stopped"
+    return found.advice
+
+
+def test_the_advised_command_is_complete_and_discards_nothing(half: Path) -> None:
+    """Folder and variables are those of the run; an old record has none of them."""
+    resume = "run the same command again to resume: "
+    assert again(half) == f"{resume}nemotron-fp8 quantize a b"
+    variables = {"NEMOTRON_FP8_GRANULARITY": "tensor", "NEMOTRON_FP8_EXCLUDE": "a b", "NEMOTRON_FP8_RESTART": "1"}
+    settings = "NEMOTRON_FP8_GRANULARITY=tensor NEMOTRON_FP8_EXCLUDE='a b'"
+    assert again(half, folder="/the place", variables=variables) == (
+        f"{resume}cd '/the place' && {settings} nemotron-fp8 quantize a b"
+    )
+    assert again(half, folder=str(Path.cwd())) == f"{resume}nemotron-fp8 quantize a b"
+    assert again(half, command="nemotron-fp8 quantize a b --restart -q") == (
+        "run the same command again, without --restart, to resume: nemotron-fp8 quantize a b -q"
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"command": line} for line in ("rm -rf a", "nemotron-fp8 a; rm b", "nemotron-fp8 'a", "nemotron-fp8 $(a)")),
+        *({"command": "", "variables": value} for value in (1, [], {"A": "b"}, {"NEMOTRON_FP8_A": 1})),
+        {"command": "", "variables": {"NEMOTRON_FP8_A; rm b": "1"}},
+    ],
+)
+def test_a_record_of_another_program_is_no_command(half: Path, fields: dict[str, object]) -> None:
+    assert again(half, **fields) == "run the same command again to resume"
+
+
+def test_a_recorded_secret_is_not_shown(half: Path) -> None:
+    """Also not that of a record which an older version wrote."""
+    secret = "canary/0123"
+    shown = again(half, command=f"nemotron-fp8 quantize s3://key:{secret}@bucket/a b")
+    assert shown.endswith("nemotron-fp8 quantize s3://...@bucket/a b")
+    assert secret not in repr(status_of(half.with_name("out")).as_dict())

@@ -9,7 +9,7 @@ import pytest
 
 from nemotron_fp8.errors.stores import NoStoreCredentialsError, StoreAddressError, StoreSettingsError
 from nemotron_fp8.stores.address import StoreAddress, is_store, local_path, parse_store
-from nemotron_fp8.stores.connection import connect
+from nemotron_fp8.stores.connection import connect, no_panic
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +48,13 @@ def test_addresses(text: str, address: StoreAddress) -> None:
     [
         *("s3://", "s3:/bucket/a", "s3://bucket//a", "s3://bucket/a//b", "s3://bucket/../a", "s3://bucket/./a"),
         *("s3://b..c/a", "s3://-b/a", "s3://bucket/a\nb", "s3://bucket/" + "x" * 800, "S3://bucket/a"),
-        *(f"s3://{CANARY}:{CANARY}@bucket/a", f"s3://bucket/a?X-Amz-Signature={CANARY}", f"az://c/a#{CANARY}"),
+        *(
+            f"s3://{CANARY}:{CANARY}@bucket/a",
+            f"s3://{CANARY}:x/{CANARY}@bucket/a",
+            f"s3://{CANARY}:x/{CANARY}",
+        ),
+        *(f"s3://{CANARY}@bucket/a",),
+        *(f"s3://bucket/a?X-Amz-Signature={CANARY}", f"az://c/a#{CANARY}"),
         *("s3://bucket/\ud800", "gs:///a"),
     ],
 )
@@ -79,6 +85,11 @@ def test_file_addresses() -> None:
         ("s3", {"AWS_ENDPOINT_URL": "ftp://example.com"}, "AWS_ENDPOINT_URL"),
         ("s3", {"AWS_ENDPOINT_URL": f"https://{CANARY}:{CANARY}@example.com"}, "AWS_ENDPOINT_URL"),
         ("s3", {"AWS_ENDPOINT_URL": "https://[::1"}, "AWS_ENDPOINT_URL"),
+        ("s3", {"AWS_ENDPOINT_URL": "http://127.0.0.1:99999"}, "AWS_ENDPOINT_URL"),
+        ("s3", {"AWS_ACCESS_KEY_ID": f"{CANARY}\n"}, "AWS_ACCESS_KEY_ID has white space"),
+        ("s3", {"AWS_SESSION_TOKEN": f"{CANARY}\r\nX: y"}, "AWS_SESSION_TOKEN has white space"),
+        ("s3", {"AWS_REGION": "us-east-1\n"}, "AWS_REGION has white space"),
+        ("az", {"AZURE_STORAGE_SAS_KEY": f"{CANARY}\n"}, "AZURE_STORAGE_SAS_KEY has white space"),
         ("gs", {"STORAGE_EMULATOR_HOST": "example.com:1"}, "GOOGLE_ALLOW_HTTP"),
         ("gs", {"GOOGLE_SERVICE_ACCOUNT_KEY": f'{{"private_key": "{CANARY}'}, "GOOGLE_APPLICATION_CREDENTIALS"),
         ("az", {"AZURE_STORAGE_ENDPOINT": "http://example.com"}, "AZURE_ALLOW_HTTP"),
@@ -95,6 +106,16 @@ def test_settings_that_cannot_be_used(
         connect(StoreAddress(scheme, "bucket"), 60, upload=False)
     assert CANARY not in str(refused.value)
     assert refused.value.__cause__ is None
+
+
+def test_a_panic_of_the_client_is_an_error_of_settings() -> None:
+    """Some settings are not checked before use: a token that is read from a file."""
+    kind = type("PanicException", (BaseException,), {})
+    with pytest.raises(StoreSettingsError, match="AWS_REGION") as refused, no_panic(StoreAddress("s3", "bucket")):
+        raise kind(CANARY)
+    assert CANARY not in str(refused.value)
+    with pytest.raises(KeyboardInterrupt), no_panic(StoreAddress("s3", "bucket")):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
