@@ -139,11 +139,23 @@ def _start_monitor(ctx: click.Context) -> None:
     log, metrics = (ctx.meta.get(f"{MONITOR}{name}") for name in ("log_json", "metrics"))
     if log is not None or metrics is not None:
         from nemotron_fp8.cli import monitor
+        from nemotron_fp8.cli.monitor_files import check_files
 
+        check_files(log, metrics, _places(ctx))
         if log is not None:
             monitor.current.start_log(log)
         if metrics is not None:
             monitor.current.start_metrics(metrics)
+
+
+def _places(ctx: click.Context) -> list[str]:
+    """Return the arguments of a command, which are its sources and destinations."""
+    found: list[str] = []
+    for param in ctx.command.params:
+        if isinstance(param, click.Argument):
+            value = ctx.params.get(str(param.name))
+            found += [value] if isinstance(value, str) else [str(each) for each in value or ()]
+    return found
 
 
 class Command(click.Command):

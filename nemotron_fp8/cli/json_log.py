@@ -10,7 +10,8 @@ from datetime import datetime, timezone
 from threading import Lock
 from typing import Any
 
-from nemotron_fp8.errors import WriteError
+from nemotron_fp8.cli.streams import write_error
+from nemotron_fp8.errors import WriteError, printable
 
 FIELDS = ("time", "level", "event", "text")
 """Keys of every line, before those of its event."""
@@ -31,7 +32,7 @@ class JsonLog(logging.Handler):
     def __init__(self, name: str) -> None:
         super().__init__(logging.INFO)
         self._writing = Lock()
-        self._fd = 2
+        self._fd, self._name = 2, name
         if name != "-":
             try:
                 # Opening a pipe without a reader would wait for one.
@@ -61,8 +62,13 @@ class JsonLog(logging.Handler):
             try:
                 while self._fd >= 0 and line:
                     line = line[os.write(self._fd, line) :]
-            except OSError:
+            except OSError as error:
                 self._fd = -1
+                failure = error.strerror or str(error)
+            else:
+                return
+        if self._name != "-":
+            write_error(f"note: {printable(self._name)[1:-1]}: the log ends here: {failure} (--log-json)\n")
 
 
 def line_of(event: str, level: str, text: str, fields: dict[str, Any], at: float) -> bytes:

@@ -16,7 +16,8 @@ from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._version import __version__
-from nemotron_fp8.errors import WriteError
+from nemotron_fp8.cli.streams import write_error
+from nemotron_fp8.errors import WriteError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -71,6 +72,7 @@ class MetricsFile(logging.Handler):
         self._figures = Figures()
         self._changing, self._writing = Lock(), Lock()
         self._over = Event()
+        self._noted = False
         if not name.endswith(".prom"):
             raise WriteError(name, "the collector of Prometheus reads files with the ending .prom (--metrics)")
         try:
@@ -108,13 +110,22 @@ class MetricsFile(logging.Handler):
         with self._changing:
             self._figures = replace(self._figures, state=state, exit=code)
         self._over.set()
-        with suppress(OSError):
-            self._write()
+        self._try()
 
     def _repeat(self) -> None:
         while not self._over.wait(SECONDS):
-            with suppress(OSError):  # the disk may have room again later
-                self._write()
+            self._try()
+
+    def _try(self) -> None:
+        """Write the file; the first failure is noted, and the disk may have room again later."""
+        try:
+            self._write()
+        except OSError as error:
+            if not self._noted:
+                self._noted = True
+
+                name = printable(str(self._path))[1:-1]
+                write_error(f"note: {name}: the metrics cannot be written: {error.strerror or error} (--metrics)\n")
 
     def _write(self) -> None:
         with self._writing:
