@@ -73,9 +73,15 @@ class Signals:
                 self._before[number] = before
                 signal.signal(number, self._interrupt)
         reader, self._writer = os.pipe()
+        try:
+            threading.Thread(target=self._wait, args=(reader,), name="signals", daemon=True).start()
+        except RuntimeError:  # the system allows no more threads: signals still interrupt, without a hard end
+            os.close(reader)
+            os.close(self._writer)
+            self._writer = -1
+            return
         os.set_blocking(self._writer, False)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._wait, args=(reader,), name="signals", daemon=True).start()
 
     def close(self) -> None:
         """Restore the handlers: the command is done. After a signal they are without effect, and the end is watched."""
@@ -83,8 +89,9 @@ class Signals:
         if self.first is None:
             for number, before in self._before.items():
                 signal.signal(number, before)
-            signal.set_wakeup_fd(-1)
-            os.close(self._writer)
+            if self._writer >= 0:
+                signal.set_wakeup_fd(-1)
+                os.close(self._writer)
 
     def claim(self) -> None:
         """Take over the last words; return never if a hard end has begun."""
