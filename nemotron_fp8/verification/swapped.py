@@ -39,7 +39,9 @@ def refuse_swapped(
     result, original = os.fspath(source), os.fspath(destination)
     try:
         there = open_result(original, hub)
-        mine = open_result(result if hub.revision is None else f"{result}@{hub.revision}", replace(hub, revision=None))
+        if hub.revision is not None:
+            result, hub = f"{result}@{hub.revision}", replace(hub, revision=None)
+        mine = open_result(result, hub)
         swapped = _is_made_from(mine, there) and not _is_made_from(there, mine)
     except (NemotronFp8Error, OSError):  # one of them cannot be read as a result, which the problems say
         return

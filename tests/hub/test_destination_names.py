@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize(
-    "text", ["hf:/me/x", "hf:me/x", "HF://me/x", "Hf:/me/x", "https://huggingface.co/me/x", "http:/me", "s3://me/x"]
+    "text", ["hf:/me/x", "hf:me/x", "HF://me/x", "Hf:/me/x", "https://huggingface.co/me/x", "http:/me", "s4://me/x"]
 )
 def test_what_is_almost_an_address_is_no_folder(
     client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
