@@ -71,10 +71,10 @@ def evaluated(
     states = States()
 
     class Watched(SavedState):
-        def save(self, hidden: torch.Tensor, saved: Saved) -> None:
+        def save(self, hidden: torch.Tensor, saved: Saved, of: int | None = None) -> None:
             states.layers.append(hidden.clone())
             states.final = hidden  # the evaluation overwrites it by the hidden states after the final norm
-            super().save(hidden, saved)
+            super().save(hidden, saved, of)
 
     parts: dict[int, dict[int, list[torch.Tensor]]] = {}
 

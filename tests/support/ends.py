@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 BOUND = 10.0
 """Seconds from the signal to the end, whatever the command does: the shortest notice of schedulers is ten seconds."""
 MAIN = "from nemotron_fp8.cli.main import main; main()"
-DEFAULTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+DEFAULTS = """import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+"""Handlers of a terminal; a test run in the background, or under nohup, ignores these signals."""
 
 
 def descendants(pid: int) -> set[int]:
