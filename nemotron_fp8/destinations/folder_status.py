@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_fp8._filesystem import JOURNAL, LOCK, OUT, WORK, WORKING, is_stale, names_in
 from nemotron_fp8._secrets import masked
-from nemotron_fp8._utils import plain_path, shell_word
 from nemotron_fp8.checkpoint.inventory import MANIFEST, MARKER, is_plain_name
 from nemotron_fp8.destinations.folder import partial_path
 from nemotron_fp8.destinations.journal import Terms, read_journal
 from nemotron_fp8.destinations.lock_record import read_record, time_of
 from nemotron_fp8.destinations.partial_folder import RESULT
-from nemotron_fp8.destinations.status import Finished, Pace, Status, advice_for, in_future, life_of, total_of
+from nemotron_fp8.destinations.status import (
+    Finished,
+    Pace,
+    Status,
+    advice_for,
+    complete_status,
+    in_future,
+    life_of,
+    total_of,
+)
 from nemotron_fp8.documents.manifest import manifest_bytes, parse_manifest
 from nemotron_fp8.errors import excerpt
 from nemotron_fp8.errors.destination import DamagedJournalError
@@ -90,25 +98,7 @@ def _published(path: Path, named: str) -> Status | None:
     data = manifest_bytes(path) if path.is_dir() else None
     if data is None:
         return None
-    manifest = parse_manifest(data)
-    shards = {name: file.size for name, file in manifest.files.items() if name.endswith(".safetensors")}
-    wrong = [name for name, file in manifest.files.items() if _size_of(path / name) != file.size]
-    notices: tuple[str, ...] = ()
-    if wrong:
-        notices = (f"{len(wrong):,} files are missing or have another size than the manifest: verify lists them",)
-    return Status(
-        named,
-        "folder",
-        "complete",
-        shards_done=len(shards),
-        shards_total=len(shards),
-        bytes_done=sum(shards.values()),
-        bytes_total=sum(shards.values()),
-        recipe=dict(manifest.recipe),
-        version=manifest.version,
-        advice=f"check it: nemotron-fp8 verify {shell_word(plain_path(named))}",
-        notices=notices,
-    )
+    return complete_status(named, "folder", parse_manifest(data), lambda name: _size_of(path / name))
 
 
 def _size_of(path: Path) -> int | None:

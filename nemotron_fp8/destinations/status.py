@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nemotron_fp8._display import Part, display, one_line
 from nemotron_fp8._process import RESTART
-from nemotron_fp8._utils import format_bytes
+from nemotron_fp8._utils import format_bytes, plain_path, shell_word
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from nemotron_fp8.destinations.lock_record import LockRecord
+    from nemotron_fp8.documents.manifest import Manifest
 
 State = Literal["none", "running", "stopped", "unknown", "complete"]
 Kind = Literal["", "folder", "in-place", "hub", "store", "evaluation"]
@@ -230,6 +231,35 @@ class Pace:
 def in_future(at: float | None) -> bool:
     """Return True for a time that no clock can have recorded yet, but for a small difference between two clocks."""
     return at is not None and at > time.time() + SKEW
+
+
+def complete_status(named: str, kind: Kind, manifest: Manifest, size_of: Callable[[str], int | None]) -> Status:
+    """Return the state of a complete result.
+
+    Args:
+        named: the destination as it was named.
+        kind: kind of the destination.
+        manifest: the result's manifest.
+        size_of: returns the bytes of a file of the result; None if it is missing.
+    """
+    shards = {name: file.size for name, file in manifest.files.items() if name.endswith(".safetensors")}
+    wrong = [name for name, file in manifest.files.items() if size_of(name) != file.size]
+    notices: tuple[str, ...] = ()
+    if wrong:
+        notices = (f"{len(wrong):,} files are missing or have another size than the manifest: verify lists them",)
+    return Status(
+        named,
+        kind,
+        "complete",
+        shards_done=len(shards),
+        shards_total=len(shards),
+        bytes_done=sum(shards.values()),
+        bytes_total=sum(shards.values()),
+        recipe=dict(manifest.recipe),
+        version=manifest.version,
+        advice=f"check it: nemotron-fp8 verify {shell_word(plain_path(named))}",
+        notices=notices,
+    )
 
 
 def total_of(names: Iterable[str]) -> int | None:

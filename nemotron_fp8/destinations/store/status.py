@@ -9,7 +9,7 @@ from nemotron_fp8.checkpoint.inventory import MANIFEST
 from nemotron_fp8.destinations.journal import Terms
 from nemotron_fp8.destinations.lock_record import MAX_BYTES as MAX_RECORD_BYTES
 from nemotron_fp8.destinations.lock_record import LockRecord
-from nemotron_fp8.destinations.status import Finished, Pace, Status, advice_for, life_of
+from nemotron_fp8.destinations.status import Finished, Pace, Status, advice_for, complete_status, life_of
 from nemotron_fp8.destinations.store.job import RUN_FILE, receipt_path
 from nemotron_fp8.destinations.store.prefix import job_path, own_files, read_job
 from nemotron_fp8.documents.manifest import parse_manifest
@@ -55,27 +55,12 @@ def store_status(client: StoreClient, named: str) -> Status:
 
 def _complete(client: StoreClient, listing: StoreListing, named: str) -> Status:
     manifest = parse_manifest(client.read_small(listing.file(MANIFEST), MAX_BYTES))
-    sizes = {name: file.size for name, file in manifest.files.items() if name.endswith(".safetensors")}
     there = {name: file.size for name, file in own_files(listing).items()}
-    wrong = [name for name, file in manifest.files.items() if there.get(name) != file.size]
-    notices: tuple[str, ...] = ()
-    if wrong:
-        notices = (f"{len(wrong):,} files are missing or have another size than the manifest: verify lists them",)
+    status = complete_status(named, "store", manifest, there.get)
     if JOB_FILE in listing.files:
-        notices += ("the conversion is published, and its records are left over: the same command deletes them",)
-    return Status(
-        named,
-        "store",
-        "complete",
-        shards_done=len(sizes),
-        shards_total=len(sizes),
-        bytes_done=sum(sizes.values()),
-        bytes_total=sum(sizes.values()),
-        recipe=dict(manifest.recipe),
-        version=manifest.version,
-        advice=f"check it: nemotron-fp8 verify {named}",
-        notices=notices,
-    )
+        left = "the conversion is published, and its records are left over: the same command deletes them"
+        return replace(status, notices=(*status.notices, left))
+    return status
 
 
 def _unfinished(client: StoreClient, listing: StoreListing, named: str) -> Status:
