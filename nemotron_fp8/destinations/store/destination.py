@@ -56,7 +56,7 @@ from nemotron_fp8.errors.stores import (
 from nemotron_fp8.stores.listing import JOB_FILE, RECORDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from typing_extensions import Self
@@ -298,12 +298,8 @@ class StoreDestination:
         self.staging.check_job()
         listing = self._client.listing()
         for name, size in sizes.items():
-            file = listing.files.get(name)
-            if file is None or file.size != size:
-                raise StagedObjectError(self.label, name, "is missing" if file is None else "has another size")
-        for name, receipt in self._receipts.items():
-            if not is_intact(self._client, receipt, listing.files[name]):
-                raise StagedObjectError(self.label, name, "is not the file that was uploaded")
+            self._check_size(listing, name, size)
+        self._check_shards(listing, self._receipts)
 
     def _take_back(self, documents: Mapping[str, bytes]) -> None:
         """Withdraw the files by which a reader finds a result that is not whole, if they are those of this run."""
@@ -336,7 +332,7 @@ class StoreDestination:
             raise OccupiedPrefixError(self.label, f"received other files during this run ({listed(strange)})")
         self._check_shards(listing, receipts)
         for name, file in put.items():
-            self._check_small(listing, name, file)
+            self._check_size(listing, name, file.size)
         for name in LAST:
             if name in documents:
                 client.put_small(name, documents[name], check=staging.check_job)
@@ -357,22 +353,22 @@ class StoreDestination:
             stored: StoredFile = sink.finish().upload  # type: ignore[assignment]  # the sink's own handle
             return stored
 
-    def _check_shards(self, listing: StoreListing, receipts: Mapping[str, ShardReceipt]) -> None:
+    def _check_shards(self, listing: StoreListing, shards: Iterable[str]) -> None:
         """Check that the shards are those of the receipts.
 
         Raises:
             StagedObjectError: a shard is missing, or has other bytes.
         """
-        for name in receipts:
+        for name in shards:
             file = listing.files.get(name)
             if file is None:
                 raise StagedObjectError(self.label, name, "is missing")
             if not is_intact(self._client, self._receipts[name], file):
                 raise StagedObjectError(self.label, name, "is not the file that was uploaded")
 
-    def _check_small(self, listing: StoreListing, name: str, put: StoredFile) -> None:
+    def _check_size(self, listing: StoreListing, name: str, size: int) -> None:
         file = listing.files.get(name)
-        if file is None or file.size != put.size:
+        if file is None or file.size != size:
             raise StagedObjectError(self.label, name, "is missing" if file is None else "has another size")
 
     def _is_published(self, manifest: bytes, sizes: Mapping[str, int]) -> bool:
